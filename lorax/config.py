@@ -1,0 +1,160 @@
+"""The schema of a trial: plain dataclasses, the only form of configuration the library sees.
+
+Hydra composes and type-checks against these classes; `OmegaConf.to_object` turns the result
+into instances at the door (`experiments/`), so nothing below ever holds a DictConfig.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class TaskConfig:
+    """What is learned.
+
+    Attributes:
+      name: a key of `lorax.data.TASKS` (`cola`, `mrpc`, ..., `reviews`).
+      data_dir: a folder in GLUE's TSV layout; None looks in the places `lorax.data` names and
+        then on the hub.
+      max_length: longest token sequence, special tokens included; longer ones are truncated.
+      max_train_samples: train on this many examples, a fixed draw that no seed changes.
+      max_dev_samples: likewise for each dev split.
+    """
+
+    name: str = "reviews"
+    data_dir: str | None = None
+    max_length: int = 128
+    max_train_samples: int | None = None
+    max_dev_samples: int | None = None
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base.
+
+    Attributes:
+      name: the label that tables and directories show.
+      source: a local folder with config.json, model.safetensors and tokenizer.json, or a
+        repository id of the Hugging Face hub.
+      revision: branch, tag or commit on the hub.
+      pooling: what the head reads: `mean` over real tokens, `cls` (first token) or `pooler`
+        (the checkpoint's own dense + tanh over the first token, trained with the head).
+      attention: `xla` or `cudnn` (both `jax.nn.dot_product_attention`), or `einsum` (plain).
+      dropout: hidden and attention dropout while training; None takes the checkpoint's own.
+    """
+
+    name: str = "minilm"
+    source: str = "assets/minilm"
+    revision: str | None = None
+    pooling: str = "mean"
+    attention: str = "einsum"
+    dropout: float | None = None
+
+
+@dataclass
+class LoraConfig:
+    """The adapter: the fields of `lorax.LoraSpec`, which documents and checks them."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: str = "lora"
+    targets: str = "qv"
+    exclude: list[str] = field(default_factory=list)
+    layers: list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+    init: str = "kaiming_uniform"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      lr: peak learning rate of the adapter (mode `lora`) or the base (mode `full`).
+      head_lr: peak learning rate of the task head; None means `lr`.
+      schedule: `linear` or `cosine` decay to zero, or `constant`; each after the warm-up.
+      warmup_ratio: share of all optimizer steps spent rising linearly from zero.
+      weight_decay: decoupled; never on biases and norms.
+      clip_norm: global-norm bound on the trainable part's gradient; None for no clipping.
+    """
+
+    lr: float = 1e-3
+    head_lr: float | None = None
+    schedule: str = "linear"
+    warmup_ratio: float = 0.06
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+      mode: `lora` (adapter and head), `full` (everything) or `head` (the base as a frozen
+        feature extractor).
+      epochs: passes over the training set.
+      max_steps: end after this many optimizer steps, whatever `epochs` says.
+      batch_size: examples an optimizer step.
+      grad_accum: micro-batches a step is computed in; divides `batch_size`.
+      eval_batch_size: examples a forward pass of the evaluation.
+      precision: `fp32` or `bf16` compute; the trainable part and the optimizer stay fp32.
+      base_dtype: storage of the frozen base, `fp32` or `bf16`.
+      max_shapes: most sequence lengths that the step is compiled for.
+      length_window: batches are drawn from shuffled windows of this many batches, sorted by
+        length inside; 1 is plain random order.
+      pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
+        sweep over ranks; exact (the padding never receives a gradient). None: no padding.
+      checkpoint_every: optimizer steps between checkpoints; None: at the end of each epoch.
+      early_stopping: end after this many epochs without a better dev metric; None: never.
+      log_every: optimizer steps between records of the training loss.
+    """
+
+    mode: str = "lora"
+    epochs: int = 3
+    max_steps: int | None = None
+    batch_size: int = 32
+    grad_accum: int = 1
+    eval_batch_size: int = 64
+    precision: str = "fp32"
+    base_dtype: str = "fp32"
+    max_shapes: int = 4
+    length_window: int = 8
+    pad_rank: int | None = None
+    checkpoint_every: int | None = None
+    early_stopping: int | None = None
+    log_every: int = 10
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides the JSONL that is always written.
+
+    Attributes:
+      kind: `jsonl` (nothing more), `wandb`, or `none` (the same as `jsonl`, and silent).
+      project: the W&B project.
+      entity: the W&B team or user; None takes the account's default.
+    """
+
+    kind: str = "jsonl"
+    project: str = "lorax"
+    entity: str | None = None
+
+
+@dataclass
+class TrialConfig:
+    """One training run. `lorax.sweep.trial_id` names its directory by a hash of this."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+    sweep: str = "default"
+    output_dir: str = "outputs"
