@@ -1,0 +1,66 @@
+import math
+from typing import Any
+from zlib import crc32
+
+import jax
+import jax.numpy as jnp
+
+from lorax.lora.initializers import INITIALIZERS, draw_rows
+from lorax.lora.spec import LoraSpec
+from lorax.lora.targets import Target, resolve
+
+LoraTree = dict[str, dict[str, jax.Array]]
+
+
+def init(key: jax.Array, base: Any, spec: LoraSpec) -> LoraTree:
+    """A fresh adapter for `base`: a LoRA tree, nothing else.
+
+    The draw of a target depends on the key and its path alone: it is the same whichever other
+    targets there are, and a smaller rank is the first rows of a larger one.
+
+    Args:
+      key: a JAX PRNG key.
+      base: any pytree of arrays or shape structs, such as `nnx.to_pure_dict(state)`.
+      spec: what to adapt.
+
+    Returns:
+      `{path: {"a": (*stacked, r, d_in), "b": (*stacked, d_out, r)}}` in fp32. The product B A
+      is zero: of an embedding A is zero and B is drawn from N(0, 1) (as in PEFT and loralib),
+      elsewhere B is zero.
+
+    Raises:
+      LoraxError: see `resolve`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> base = {"query": {"kernel": jnp.zeros((16, 8))}}
+    >>> lora = init(jax.random.key(0), base, LoraSpec(rank=2, targets="q"))
+    >>> jax.tree.map(jnp.shape, lora)
+    {'query.kernel': {'a': (2, 16), 'b': (8, 2)}}
+    """
+    return {path: _init_target(key, target, spec) for path, target in resolve(base, spec).items()}
+
+
+def _init_target(key: jax.Array, target: Target, spec: LoraSpec) -> dict[str, jax.Array]:
+    stacked, d_in, d_out = target.matrix_shape
+    key = jax.random.fold_in(key, crc32(target.path.encode()))
+    if target.is_embedding:
+        b = draw_rows(_standard_normal, key, (target.rank, d_out), target.rank).T
+        return {"a": jnp.zeros((target.rank, d_in)), "b": b}
+
+    def draw(layer_key: jax.Array) -> jax.Array:
+        return draw_rows(INITIALIZERS[spec.init], layer_key, (target.rank, d_in), target.rank)
+
+    a = jax.vmap(draw)(_layer_keys(key, math.prod(stacked))) if stacked else draw(key)
+    return {
+        "a": a.reshape(*stacked, target.rank, d_in),
+        "b": jnp.zeros((*stacked, d_out, target.rank)),
+    }
+
+
+def _layer_keys(key: jax.Array, count: int) -> jax.Array:
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+
+def _standard_normal(key: jax.Array, d: int, rank: int) -> jax.Array:
+    del rank
+    return jax.random.normal(key, (d,))

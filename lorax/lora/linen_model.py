@@ -1,0 +1,98 @@
+"""The way in for Flax Linen models: a method interceptor adds the low-rank path."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from lorax.errors import LoraxError
+from lorax.lora import low_rank
+from lorax.lora.adapter import LoraTree
+from lorax.lora.low_rank import Branch
+from lorax.lora.merge import Scales, scales_of
+
+
+def linen_apply(
+    module: nn.Module,
+    variables: dict[str, Any],
+    lora: LoraTree,
+    spec: Scales,
+    *args: Any,
+    dropout: float | None = None,
+    key: jax.Array | None = None,
+    **kwargs: Any,
+) -> Any:
+    """`module.apply(variables, *args, **kwargs)` with scale * B(A x) added on every target.
+
+    Args:
+      module: any Linen model of `Dense`, `DenseGeneral`, `Einsum`, `Embed` or `Conv`.
+      variables: as of `module.init`; left alone.
+      lora: the adapter, of `init` on `variables["params"]`.
+      spec: the LoraSpec, or each target's scale by path (which may be traced).
+      *args: the module's own.
+      dropout: rate on the input of A; None takes the spec's.
+      key: PRNG key of the dropout; None for a deterministic model.
+      **kwargs: the module's own.
+
+    Raises:
+      LoraxError: a target of a layer without a low-rank path, or one that the module never
+        called.
+
+    >>> import jax.numpy as jnp
+    >>> from lorax.lora import LoraSpec, init
+    >>> module, x = nn.Dense(3), jnp.ones((1, 4))
+    >>> variables = module.init(jax.random.key(0), x)
+    >>> spec = LoraSpec(rank=2, targets="kernel")
+    >>> lora = init(jax.random.key(1), variables["params"], spec)
+    >>> bool((linen_apply(module, variables, lora, spec, x) == module.apply(variables, x)).all())
+    True
+    """
+    factors = scales_of(lora, spec)
+    rate = dropout if dropout is not None else getattr(spec, "dropout", 0.0)
+    met: set[str] = set()
+
+    def interceptor(call: Any, inputs: Any, options: Any, context: Any) -> Any:
+        layer = context.module
+        path = _path(layer)
+        y = call(*inputs, **options)
+        if path not in lora or context.method_name not in ("__call__", "attend"):
+            return y
+        met.add(path)
+        branch = Branch(path, lora[path]["a"], lora[path]["b"], factors[path], rate, key)
+        if context.method_name == "attend":
+            return y + low_rank.attend(inputs[0], branch).astype(y.dtype)
+        return y + _low_rank(layer, inputs[0], branch, y.dtype)
+
+    with nn.intercept_methods(interceptor):
+        out = module.apply(variables, *args, **kwargs)
+    if missed := sorted(set(lora) - met):
+        raise LoraxError(f"the adapter's target {missed[0]!r} was never called by the module")
+    return out
+
+
+def _path(layer: nn.Module) -> str:
+    leaf = "embedding" if isinstance(layer, nn.Embed) else "kernel"
+    return ".".join([*layer.path, leaf])
+
+
+def _low_rank(layer: Any, x: jax.Array, branch: Branch, dtype: Any) -> jax.Array:
+    if isinstance(layer, nn.Embed):
+        return low_rank.embed(x, branch, dtype)
+    x = low_rank.drop(x.astype(dtype), branch)
+    if isinstance(layer, nn.Dense):
+        return low_rank.up(low_rank.down(x, branch), branch, (layer.features,))
+    if isinstance(layer, nn.Einsum):
+        return low_rank.einsum(x, str(layer.einsum_str), branch, tuple(layer.shape))
+    if isinstance(layer, nn.DenseGeneral) and not layer.batch_dims:
+        inputs = tuple(x.shape[axis] for axis in _as_tuple(layer.axis))
+    elif isinstance(layer, nn.Conv) and layer.feature_group_count == 1:
+        inputs = (*_as_tuple(layer.kernel_size), x.shape[-1])
+    else:
+        raise low_rank.unsupported(branch.path, layer)
+    narrow = layer.clone(features=branch.a.shape[0], use_bias=False, parent=None, name=None)
+    h = narrow.apply({"params": {"kernel": branch.a.T.reshape(*inputs, -1)}}, x)
+    return low_rank.up(h, branch, _as_tuple(layer.features))
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

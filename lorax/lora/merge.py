@@ -1,0 +1,96 @@
+"""An adapter folded into its base: the way in for any function of a pytree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.errors import LoraxError
+from lorax.lora.adapter import LoraTree
+from lorax.lora.kernels import from_matrix, matrix_shape
+from lorax.lora.paths import leaf_path, leaves_by_path
+from lorax.lora.spec import LoraSpec
+from lorax.lora.targets import kernel_axes
+
+Scales = LoraSpec | Mapping[str, Any]
+
+
+def scales_of(lora: LoraTree, scales: Scales) -> Mapping[str, Any]:
+    """The factor on B A of every target, from a spec; a mapping passes through.
+
+    A mapping may hold traced scalars, so that one compiled program serves every alpha.
+    """
+    if isinstance(scales, LoraSpec):
+        return {path: scales.scale(path) for path in lora}
+    return scales
+
+
+def delta(pair: Mapping[str, jax.Array], scale: Any, shape: tuple[int, ...], axes: str = "io"):
+    """Scale * (B A)^T as a kernel of `shape`; computed in the pair's own precision."""
+    matrix = jnp.einsum("...or,...ri->...io", pair["b"], pair["a"]) * scale
+    return from_matrix(matrix, shape, axes)
+
+
+def merge(base: Any, lora: LoraTree, spec: Scales) -> Any:
+    """W + scale * (B A)^T on every target; the other leaves are returned as they are.
+
+    Args:
+      base: any pytree of kernels.
+      lora: the adapter, as `init` makes it; ranks may be padded.
+      spec: a LoraSpec, or each target's scale by path (then kernels must be matrices).
+
+    Returns:
+      A pytree like `base`, each kernel in its own dtype.
+
+    Raises:
+      LoraxError: a target of the adapter that is not in the base, or does not fit it.
+
+    >>> base = {"w": jnp.zeros((3, 2))}
+    >>> lora = {"w": {"a": jnp.ones((1, 3)), "b": jnp.ones((2, 1))}}
+    >>> merge(base, lora, {"w": 0.5})["w"].tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    """
+    return _add(base, lora, spec, sign=1)
+
+
+def unmerge(merged: Any, lora: LoraTree, spec: Scales) -> Any:
+    """The base again, up to rounding: the inverse of `merge`."""
+    return _add(merged, lora, spec, sign=-1)
+
+
+def _add(base: Any, lora: LoraTree, spec: Scales, sign: int) -> Any:
+    factors = scales_of(lora, spec)
+    rules = spec if isinstance(spec, LoraSpec) else LoraSpec()
+    check_fit(base, lora, rules)
+
+    def leaf(key_path: tuple[Any, ...], kernel: jax.Array) -> jax.Array:
+        path = leaf_path(key_path)
+        if path not in lora:
+            return kernel
+        axes = kernel_axes(path, kernel.shape, rules)
+        change = delta(lora[path], sign * factors[path], kernel.shape, axes)
+        return (kernel.astype(change.dtype) + change).astype(kernel.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, base)
+
+
+def check_fit(base: Any, lora: LoraTree, spec: LoraSpec) -> None:
+    """Refuse an adapter that is not one of this base.
+
+    Raises:
+      LoraxError: naming the first target that is missing or has another shape.
+    """
+    kernels = leaves_by_path(base)
+    for path, pair in lora.items():
+        if path not in kernels:
+            raise LoraxError(f"the adapter's target {path!r} is not in the base")
+        shape = kernels[path].shape
+        stacked, d_in, d_out = matrix_shape(shape, kernel_axes(path, shape, spec))
+        rank = pair["a"].shape[-2]
+        expected = (*stacked, rank, d_in), (*stacked, d_out, rank)
+        if (pair["a"].shape, pair["b"].shape) != expected:
+            raise LoraxError(
+                f"the adapter of {path!r} has A {pair['a'].shape} and B {pair['b'].shape}; "
+                f"its kernel {shape} needs A {expected[0]} and B {expected[1]}"
+            )
