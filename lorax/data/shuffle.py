@@ -1,0 +1,52 @@
+"""Permutations that are the same on every machine and NumPy release."""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from lorax.errors import LoraxError
+
+
+def permutation(n: int, *key: int) -> np.ndarray:
+    """A permutation of `range(n)` that depends on `n` and the non-negative `key` only.
+
+    NumPy keeps the raw stream of a bit generator for ever, but not `Generator.permutation`.
+
+    >>> permutation(6, 0, 1).tolist() == permutation(6, 0, 1).tolist()
+    True
+    """
+    seed = len(key), *key  # NumPy pads with zeros: alone, (1,) and (1, 0) would be one seed
+    return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
+
+
+class _Subsettable(Protocol):
+    def __len__(self) -> int: ...
+    def subset(self, indices: np.ndarray, /): ...
+
+
+T = TypeVar("T", bound=_Subsettable)
+
+
+def subsample(data: T, n: int | None) -> T:
+    """Draws `n` examples by a fixed permutation that no training seed changes.
+
+    The draw of a smaller `n` is a prefix of the draw of a larger one.
+
+    Args:
+      data: `Examples` or `Encoded`.
+      n: how many; None, or as many as there are, returns `data` itself.
+
+    Raises:
+      LoraxError: `n` is not positive.
+    """
+    if n is None or n >= len(data):
+        return data
+    if n < 1:
+        raise LoraxError(f"cannot keep {n} examples: task.max_*_samples must be at least 1 or null")
+    return data.subset(permutation(len(data), 0)[:n])
+
+
+def shuffled(items: Sequence, *key: int) -> list:
+    """`items` in the order of `permutation(len(items), *key)`."""
+    return [items[i] for i in permutation(len(items), *key)]

@@ -1,0 +1,90 @@
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from lorax.data.examples import Examples
+from lorax.errors import LoraxError
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A split as token ids, not padded.
+
+    Attributes:
+      input_ids: N arrays of int32, special tokens included.
+      token_type_ids: N arrays of int32, the same lengths.
+      labels: (N,) int32 class ids, or float32 scores.
+    """
+
+    input_ids: list[np.ndarray]
+    token_type_ids: list[np.ndarray]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(N,) int32 tokens an example."""
+        return np.asarray([len(ids) for ids in self.input_ids], np.int32)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "Encoded":
+        """The examples at `indices`, in that order."""
+        return Encoded(
+            [self.input_ids[i] for i in indices],
+            [self.token_type_ids[i] for i in indices],
+            self.labels[np.asarray(indices)],
+        )
+
+
+def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
+    """Loads a `tokenizer.json`, without the padding and truncation that it may fix.
+
+    Args:
+      source: the file, or a folder that holds it.
+
+    Raises:
+      LoraxError: no such file, or not a tokenizer.
+    """
+    path = Path(source)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise LoraxError(f"{path}: no such file; model.source needs a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise LoraxError(f"{path}: not a tokenizer.json ({error})") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded:
+    """Tokenizes a split; sets `tokenizer`'s truncation.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      examples: texts or pairs of texts.
+      max_length: most tokens an example, special tokens included; of a pair the longer text is
+        cut first.
+
+    Raises:
+      LoraxError: `max_length` leaves no room for a token of each text.
+    """
+    is_pair = examples.second is not None
+    least = tokenizer.num_special_tokens_to_add(is_pair) + 1 + is_pair
+    if max_length < least:
+        raise LoraxError(f"task.max_length={max_length} is too short: at least {least} is needed")
+    tokenizer.enable_truncation(max_length, strategy="longest_first")
+    second = examples.second
+    inputs = examples.first if second is None else list(zip(examples.first, second, strict=True))
+    encodings = tokenizer.encode_batch_fast(inputs)
+    return Encoded(
+        [np.asarray(e.ids, np.int32) for e in encodings],
+        [np.asarray(e.type_ids, np.int32) for e in encodings],
+        examples.labels,
+    )
