@@ -1,0 +1,209 @@
+"""What a sweep shows, in plain words computed from its numbers, and what it cannot show."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lorax.analysis.groups import (
+    CONTEXT,
+    Choice,
+    Group,
+    best_choices,
+    display,
+    is_tuned,
+    partition,
+    short_names,
+    varying_keys,
+)
+from lorax.analysis.results import LOWER_IS_BETTER, Sweep
+from lorax.analysis.statistics import anova, welch_interval
+from lorax.analysis.table import format_score, scale
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Sentences about one comparison: a task, a model, a choice of target modules."""
+
+    title: str
+    sentences: tuple[str, ...]
+
+
+def findings(groups: Sequence[Group]) -> list[Finding]:
+    """One finding for each comparison of ranks in the sweep."""
+    keys = varying_keys(groups)
+    compared = [key for key in keys if not is_tuned(key) and key not in {"train.mode", "lora.rank"}]
+    found = []
+    for context in partition(groups, [key for key in keys if key in CONTEXT]):
+        lora = [group for group in context if group.mode == "lora" and group.trials]
+        for variant in partition(lora, compared):
+            choices = best_choices(variant, ["lora.rank"])
+            title = describe(variant[0], compared) or "Summary"
+            tuned = [key for key in varying_keys(variant) if is_tuned(key)]
+            sentences = (*_across_ranks(choices, tuned), *_references(choices, context))
+            found.append(Finding(title, sentences))
+    return found or [Finding("Summary", ("No LoRA trial has finished.",))]
+
+
+def caveats(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
+    """What to bear in mind when reading the numbers, as far as it applies to this sweep."""
+    lora = [group for group in groups if group.mode == "lora"]
+    tuned = [key for key in varying_keys(lora) if is_tuned(key)]
+    ranks = {group.rank for group in lora}
+    lines = [
+        "Scores are dev scores. The best epoch is picked on the same dev set, which flatters it; "
+        "the last epoch is not picked.",
+        "Intervals cover what the seed changes (initialisation, data order, dropout), not the "
+        "choice of dev examples: another dev set may move all rows together.",
+    ]
+    if len(ranks) > 1:
+        if tuned:
+            names = ", ".join(short_names(tuned).values())
+            lines.append(f"Each rank's best setting ({names}) is picked by dev score: optimistic.")
+        if not any(key.startswith("optimizer.") for key in tuned):
+            lines.append(
+                "All ranks share one learning rate, so their differences are partly a matter of "
+                "how well it suits each rank."
+            )
+        if len({group.value("lora.alpha") for group in lora}) == 1 and _plain_scale(lora):
+            lines.append(
+                "Alpha is the same at every rank, so the scale alpha / rank falls as rank grows."
+            )
+    if groups and min(len(group.trials) for group in groups) < 5:
+        lines.append("Rows of fewer than five seeds have wide intervals and shaky deviations.")
+    if len(_devices(sweep)) > 1:
+        lines.append("Trials ran on several devices: s/step compares only within one.")
+    return lines
+
+
+def describe(group: Group, keys: Iterable[str]) -> str:
+    """A group by some of its settings: `reviews, minilm, targets qv, lr 1e-3`."""
+    keys = tuple(keys)
+    names = short_names(keys)
+    parts = [
+        display(group, key) if key in CONTEXT else f"{names[key]} {display(group, key)}"
+        for key in keys
+        if group.has(key)
+    ]
+    return ", ".join(parts)
+
+
+def _across_ranks(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
+    best = max((choice.group for choice in choices), key=Group.goodness)
+    others = [choice.group for choice in choices if choice.group is not best]
+    setting = describe(best, tuned)
+    detail = f" ({setting})" if setting else ""
+    if not others:
+        return [f"Rank {best.rank}{detail} is the only rank: {_mean(best)}."]
+    extreme = "lowest" if best.metric in LOWER_IS_BETTER else "highest"
+    sentences = [f"Rank {best.rank}{detail} has the {extreme} mean: {_mean(best)}."]
+    if test := anova([choice.group.scores() for choice in choices]):
+        verdict = (
+            "The ranks differ by more than seed noise"
+            if test.p < SIGNIFICANCE
+            else "Differences among ranks are within seed noise"
+        )
+        at_best = ", each at its best setting" if _is_chosen(choices) else ""
+        sentences.append(
+            f"{verdict} (one-way ANOVA over {test.between + 1} ranks{at_best}: "
+            f"F({test.between}, {test.within}) = {test.statistic:.2f}, {format_p(test.p)})."
+        )
+    sentences += _against_best(best, others)
+    return sentences + _grid_edges(choices)
+
+
+def _against_best(best: Group, others: Sequence[Group]) -> list[str]:
+    testable = [group for group in others if min(len(group.trials), len(best.trials)) > 1]
+    if not testable:
+        return ["With a single seed a rank, nothing can be said about seed noise."]
+    alike = [group.rank for group in testable if not _distinct(best, group)]
+    behind = [group.rank for group in testable if _distinct(best, group)]
+    sentences = []
+    if behind:
+        sentences.append(
+            f"It is ahead of {_ranks(behind)} (Welch's 95% interval of each difference excludes "
+            "zero; not corrected for the number of comparisons)."
+        )
+    if alike:
+        sentences.append(
+            f"It cannot be told apart from {_ranks(alike)}, which is not proof that they are equal."
+        )
+    return sentences
+
+
+def _references(choices: Sequence[Choice], context: Sequence[Group]) -> list[str]:
+    best = max((choice.group for choice in choices), key=Group.goodness)
+    sentences = []
+    for mode, name in (("full", "full fine-tuning"), ("head", "the head alone")):
+        rows = best_choices((group for group in context if group.mode == mode), ["train.mode"])
+        if rows:
+            sentences.append(_difference(best, rows[0].group, name))
+    return sentences
+
+
+def _difference(best: Group, reference: Group, name: str) -> str:
+    mean = (best.summary().mean - reference.summary().mean) * scale(best.metric)
+    unit = " points" if scale(best.metric) == 100.0 else ""
+    opening = f"Rank {best.rank} minus {name}: {mean:+.2f}{unit}"
+    low, high = welch_interval(best.scores(), reference.scores())
+    if not math.isfinite(low):
+        return f"{opening} (too few seeds for an interval)."
+    low, high = low * scale(best.metric), high * scale(best.metric)
+    verdict = "beyond seed noise" if low > 0 or high < 0 else "within seed noise"
+    return f"{opening}, 95% interval {low:+.2f} to {high:+.2f} (Welch): {verdict}."
+
+
+def _grid_edges(choices: Sequence[Choice]) -> list[str]:
+    """The ranks whose best learning rate is an end of those tried: the optimum may lie beyond."""
+    edges = []
+    for choice in choices:
+        rates = {group.value("optimizer.lr") for group in choice.among}
+        best = choice.group.value("optimizer.lr")
+        if len(rates) > 1 and best in (min(rates), max(rates)):
+            edges.append(choice.group.rank)
+    if not edges:
+        return []
+    return [
+        f"The best learning rate of {_ranks(edges)} is an end of the grid: a wider one might "
+        "change the order."
+    ]
+
+
+def _distinct(a: Group, b: Group) -> bool:
+    low, high = welch_interval(a.scores(), b.scores())
+    return low > 0 or high < 0
+
+
+def _mean(group: Group) -> str:
+    summary, metric = group.summary(), group.metric
+    text = f"{metric} {format_score(summary.mean, metric)}"
+    if not math.isfinite(summary.low):
+        return f"{text} (one seed, no interval)"
+    low, high = format_score(summary.low, metric), format_score(summary.high, metric)
+    return f"{text} (95% interval {low} to {high}, {summary.n} seeds)"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    *most, last = map(str, ranks)
+    return f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
+
+
+def format_p(p: float) -> str:
+    """A p-value as it is written: two decimals, three when small, never zero."""
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def _is_chosen(choices: Sequence[Choice]) -> bool:
+    return any(len(choice.among) > 1 for choice in choices)
+
+
+def _plain_scale(lora: Sequence[Group]) -> bool:
+    return {group.value("lora.scaling") for group in lora} <= {"lora"}
+
+
+def _devices(sweep: Sweep) -> set[str]:
+    environments = [trial.result.get("environment") or {} for trial in sweep.trials]
+    return {str(env["device"]) for env in environments if "device" in env}

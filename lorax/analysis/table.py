@@ -1,0 +1,274 @@
+"""The table model, and the two tables of a sweep: every setting, and every rank at its best."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lorax.analysis.groups import (
+    CONTEXT,
+    MISSING,
+    MODES,
+    Choice,
+    Group,
+    best_choices,
+    display,
+    is_tuned,
+    short_names,
+    varying_keys,
+)
+from lorax.analysis.results import LOWER_IS_BETTER
+from lorax.analysis.statistics import Summary
+
+TIMES = "\u00d7"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, what it means, and whether its cells are numbers (set flush right)."""
+
+    header: str
+    meaning: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, and what the column is sorted by: the text itself unless a number is given."""
+
+    text: str
+    number: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under columns; the notes stand below in every format."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+_Entry = tuple[Column, Callable[[Group], Cell]]
+
+
+def settings_table(groups: Sequence[Group]) -> Table:
+    """One row a setting (trials that differ in their seed only), every setting of the sweep."""
+    entries = _setting_entries(groups) + _result_entries(groups) + _cost_entries()
+    return _build("All settings", entries, groups, _notes(groups))
+
+
+def best_table(groups: Sequence[Group]) -> Table | None:
+    """One row a rank (and task, model, targets ...), each at its own best tuned setting.
+
+    None where no rank was tried at more than one setting: the settings table says it all.
+
+    Learning rate, alpha and the other tuned keys (`groups.is_tuned`) are chosen by the mean dev
+    metric, so that a rank sweep does not merely measure how a rank takes to one learning rate.
+    """
+    choices = tuned_choices(groups)
+    if all(len(choice.among) == 1 for choice in choices):
+        return None
+    tried = {id(choice.group): len(choice.among) for choice in choices}
+    column = Column("tried", "settings of this rank among which the row is the best")
+    entry: _Entry = (column, lambda group: _count(tried[id(group)]))
+    best = [choice.group for choice in choices]
+    entries = [*_setting_entries(groups), entry, *_result_entries(groups)]
+    note = (
+        "Each row is the best of the settings tried for it, by mean dev metric: picked on the "
+        "scores it is reported with, so optimistic, the more so the more were tried."
+    )
+    return _build("Each rank at its own best setting", entries, best, (note, *_notes(best)))
+
+
+def tuned_choices(groups: Sequence[Group]) -> list[Choice]:
+    """For each value of the keys that are compared, the best group over the tuned ones."""
+    return best_choices(groups, [key for key in varying_keys(groups) if not is_tuned(key)])
+
+
+def scale(metric: str) -> float:
+    """GLUE's convention: scores are shown times 100, losses as they are."""
+    return 1.0 if metric in LOWER_IS_BETTER else 100.0
+
+
+def format_score(value: float, metric: str) -> str:
+    """A score with two decimals in the unit of `scale`; a dash for nan."""
+    return _fixed(value * scale(metric), 2)
+
+
+def metric_title(metric: str) -> str:
+    """A metric's name with its unit."""
+    return f"{metric} ({TIMES}100)" if scale(metric) == 100.0 else metric
+
+
+def format_interval(summary: Summary, metric: str) -> str:
+    """`[low, high]` in the unit of `scale`; a dash for fewer than two seeds."""
+    if not math.isfinite(summary.low):
+        return MISSING
+    return f"[{format_score(summary.low, metric)}, {format_score(summary.high, metric)}]"
+
+
+def main_metric(groups: Sequence[Group]) -> str:
+    """The main metric's name, or `dev metric` where tasks differ in it."""
+    names = {group.metric for group in groups}
+    return names.pop() if len(names) == 1 else "dev metric"
+
+
+def context_keys(groups: Sequence[Group]) -> list[str]:
+    """Those of task and model that vary."""
+    return [key for key in varying_keys(groups) if key in CONTEXT]
+
+
+def _build(
+    title: str, entries: Sequence[_Entry], groups: Sequence[Group], notes: tuple[str, ...]
+) -> Table:
+    rows = tuple(tuple(cell(group) for _, cell in entries) for group in groups)
+    return Table(title, tuple(column for column, _ in entries), rows, notes)
+
+
+def _setting_entries(groups: Sequence[Group]) -> list[_Entry]:
+    keys = varying_keys(groups)
+    names = short_names(keys)
+
+    def entry(key: str) -> _Entry:
+        values = [group.value(key) for group in groups if group.has(key)]
+        numeric = any(_is_number(value) for value in values)
+        meaning = {
+            "train.mode": "what is trained: the head alone, LoRA adapter and head, or everything",
+            "lora.rank": "the adapter's rank r",
+        }.get(key, f"the setting {key}")
+        return Column(names[key], meaning, numeric), lambda group: _setting(group, key)
+
+    return [entry(key) for key in keys]
+
+
+def _setting(group: Group, key: str) -> Cell:
+    if not group.has(key):
+        return Cell(MISSING, -math.inf)
+    value = group.value(key)
+    if key == "train.mode" and value in MODES:
+        return Cell(value, MODES.index(value))
+    return Cell(display(group, key), float(value) if _is_number(value) else None)
+
+
+def _result_entries(groups: Sequence[Group]) -> list[_Entry]:
+    metric = main_metric(groups)
+    unit = f" ({TIMES}100)" if any(scale(group.metric) == 100.0 for group in groups) else ""
+    best = Column(
+        f"{metric} (best)",
+        f"the main dev metric{unit} of each seed at its best epoch: mean ± sample standard "
+        "deviation over seeds",
+    )
+    interval = Column("95% interval", "Student-t interval of that mean over seeds; needs two seeds")
+    median = Column("median", "the median over seeds at the best epoch, as the LoRA paper reports")
+    last = Column(
+        f"{metric} (last)",
+        "the same metric after the last epoch, which no choice on the dev set has touched: "
+        "mean ± sample standard deviation",
+    )
+    seeds = Column("seeds", "trials that ended, one a seed; diverged ones are not in the means")
+    return [
+        (seeds, _seeds),
+        (best, lambda group: _mean_std(group, "best", group.metric)),
+        (interval, _interval),
+        (median, lambda group: _score(group.summary().median, group.metric)),
+        (last, lambda group: _mean_std(group, "last", group.metric)),
+        *(_extra_entry(name) for name in _extra_metrics(groups)),
+    ]
+
+
+def _extra_metrics(groups: Sequence[Group]) -> list[str]:
+    names = {name for group in groups for trial in group.trials for name in trial.metrics()}
+    return sorted(names - {group.metric for group in groups} - LOWER_IS_BETTER)
+
+
+def _extra_entry(name: str) -> _Entry:
+    meaning = f"{name} ({TIMES}100) at the epoch that is best by the main metric: mean ± deviation"
+    return Column(name.replace("_", " "), meaning), lambda group: _mean_std(group, "best", name)
+
+
+def _cost_entries() -> list[_Entry]:
+    return [
+        (
+            Column("trainable", "trained parameters: adapter and head, or all"),
+            lambda group: _number(group.mean("trainable_params"), 0),
+        ),
+        (
+            Column("share %", "trained parameters in percent of all parameters"),
+            lambda group: _number(100 * _share(group), 2),
+        ),
+        (
+            Column("s/step", "median seconds of an optimizer step, compilation excluded"),
+            lambda group: _significant(group.mean("seconds_per_step")),
+        ),
+        (
+            Column("memory MiB", "arguments and temporaries of the compiled step (XLA's analysis)"),
+            lambda group: _number(group.mean("step_memory_bytes") / MIB, 0),
+        ),
+    ]
+
+
+def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
+    notes = []
+    if any(group.diverged for group in groups):
+        notes.append(
+            "Diverged trials are counted under seeds and left out of every mean, which flatters "
+            "a row that has some."
+        )
+    if any(len(group.trials) == 1 for group in groups):
+        notes.append(f"A row of one seed has no deviation and no interval ({MISSING}).")
+    return tuple(notes)
+
+
+def _share(group: Group) -> float:
+    total = group.mean("total_params")
+    return group.mean("trainable_params") / total if total else math.nan
+
+
+def _seeds(group: Group) -> Cell:
+    ended, diverged = len(group.trials) + len(group.diverged), len(group.diverged)
+    return Cell(f"{ended} ({diverged} diverged)" if diverged else str(ended), ended)
+
+
+def _mean_std(group: Group, epoch: str, metric: str) -> Cell:
+    summary = group.summary(epoch, metric)
+    mean = format_score(summary.mean, metric)
+    spread = f" ± {format_score(summary.std, metric)}" if math.isfinite(summary.std) else ""
+    return Cell(mean + spread, _sortable(summary.mean))
+
+
+def _interval(group: Group) -> Cell:
+    summary = group.summary()
+    return Cell(format_interval(summary, group.metric), _sortable(summary.low))
+
+
+def _score(value: float, metric: str) -> Cell:
+    return Cell(format_score(value, metric), _sortable(value))
+
+
+def _count(value: int) -> Cell:
+    return Cell(str(value), value)
+
+
+def _number(value: float, decimals: int) -> Cell:
+    return Cell(_fixed(value, decimals), _sortable(value))
+
+
+def _significant(value: float) -> Cell:
+    if not math.isfinite(value):
+        return Cell(MISSING, -math.inf)
+    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
+    return Cell(f"{value:.{digits}f}", value)
+
+
+def _fixed(value: float, decimals: int) -> str:
+    return f"{value:,.{decimals}f}" if math.isfinite(value) else MISSING
+
+
+def _sortable(value: float) -> float:
+    return value if math.isfinite(value) else -math.inf
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
