@@ -5,6 +5,7 @@ into instances at the door (`experiments/`), so nothing below ever holds a DictC
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -57,7 +58,7 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     scaling: str = "lora"
-    targets: str = "qv"
+    targets: Any = "qv"
     exclude: list[str] = field(default_factory=list)
     layers: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class TrainConfig:
       mode: `lora` (adapter and head), `full` (everything) or `head` (the base as a frozen
         feature extractor).
       epochs: passes over the training set.
-      max_steps: end after this many optimizer steps, whatever `epochs` says.
+      max_steps: train for this many optimizer steps, whatever `epochs` says.
       batch_size: examples an optimizer step.
       grad_accum: micro-batches a step is computed in; divides `batch_size`.
       eval_batch_size: examples a forward pass of the evaluation.
@@ -109,8 +110,10 @@ class TrainConfig:
         length inside; 1 is plain random order.
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
         sweep over ranks; exact (the padding never receives a gradient). None: no padding.
-      checkpoint_every: optimizer steps between checkpoints; None: at the end of each epoch.
-      early_stopping: end after this many epochs without a better dev metric; None: never.
+      checkpoint_every: optimizer steps between checkpoints, besides one at each evaluation.
+      eval_every: optimizer steps between evaluations; None: at the end of each epoch. The last
+        step is evaluated in any case.
+      early_stopping: end after this many evaluations without a better dev metric; None: never.
       log_every: optimizer steps between records of the training loss.
     """
 
@@ -126,6 +129,7 @@ class TrainConfig:
     length_window: int = 8
     pad_rank: int | None = None
     checkpoint_every: int | None = None
+    eval_every: int | None = None
     early_stopping: int | None = None
     log_every: int = 10
 

@@ -1,0 +1,28 @@
+"""Fine-tune one model on one task, or sweep over any setting.
+
+    python -m experiments.finetune task=mrpc model=roberta-base lora.rank=8
+    python -m experiments.finetune -m lora.rank=1,2,4,8 lora.targets=qv,qkvo seed=0,1,2
+
+Each trial has its own directory, `outputs/<sweep>/<trial>`. A finished trial is skipped, and
+one cut short goes on, when the same command is given again.
+"""
+
+import logging
+
+from lorax.config import TrialConfig
+from lorax.sweep import hydra_main
+from lorax.sweep.serial import summary_line
+from lorax.train import run_trial
+
+log = logging.getLogger(__name__)
+
+
+def finetune(trial: TrialConfig) -> float | None:
+    """Run a trial; the best value of the task's main metric, for a sweeper to maximise."""
+    result = run_trial(trial)
+    log.info(summary_line(result))
+    return result["best"]["metrics"][result["metric"]] if result["best"] else None
+
+
+if __name__ == "__main__":
+    hydra_main(finetune, "finetune")

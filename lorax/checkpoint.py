@@ -1,0 +1,145 @@
+"""Orbax, for what a trial needs: resumable training state, and small adapters.
+
+Orbax writes a checkpoint beside its place and renames it when it is whole, so that one cut
+short is never taken for a checkpoint. The frozen base is never saved: its source is.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from lorax.errors import LoraxError
+from lorax.lora import LoraSpec
+from lorax.lora.paths import leaf_path
+
+log = logging.getLogger(__name__)
+KEEP = 2
+
+
+class Checkpoints:
+    """The checkpoints of one trial, newest last; two are kept.
+
+    Args:
+      directory: made when missing; nothing else may live in it.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory.absolute()
+        self._manager = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Write a pytree of arrays (None allowed) and a JSON-able record of where it stands."""
+        self._manager.save(step, _flatten(state), custom_metadata=progress, overwrite=True)
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest readable (state, progress); None when there is none.
+
+        A damaged checkpoint is passed over with a warning: an older one leads to the same
+        numbers, later.
+
+        Args:
+          like: a pytree of the structure and shapes that were saved.
+        """
+        for checkpoint in reversed(self._manager.checkpoints):
+            try:
+                flat = self._manager.load(checkpoint.step, _abstract(_flatten(like)))
+                metadata = self._manager.metadata(checkpoint.step).custom_metadata
+                return _unflatten(flat, like), dict(metadata)
+            except Exception as fault:  # any kind of damage, and Orbax has no common base class
+                reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+                path = self.directory / str(checkpoint.step)
+                log.warning("checkpoint %s is damaged and passed over: %s", path, reason)
+                self._manager.delete(checkpoint.step, missing_ok=True)
+        return None
+
+    def close(self) -> None:
+        """Release Orbax's threads."""
+        self._manager.close()
+
+
+def save_adapter(path: Path, trainable: Any, spec: LoraSpec | None, about: dict[str, Any]) -> int:
+    """Write what a trial trained, and nothing of the frozen base.
+
+    Args:
+      path: a folder, replaced when present.
+      trainable: the trained side of `lorax.split`.
+      spec: rank, alpha, targets and all; None when no adapter was trained.
+      about: JSON-able facts, such as the base's source.
+
+    Returns:
+      Bytes on disk.
+    """
+    record = {**about, "spec": dataclasses.asdict(spec) if spec else None}
+    ocp.save(path.absolute(), _flatten(trainable), overwrite=True, custom_metadata=record)
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def load_adapter(path: Path) -> tuple[dict[str, jax.Array], LoraSpec | None, dict[str, Any]]:
+    """(trained leaves by path, spec, facts) of `save_adapter`.
+
+    The leaves of targets are `lora.<target>.a` and `.b`; `lora_tree` puts them together.
+
+    Raises:
+      LoraxError: no adapter there, or a damaged one.
+    """
+    try:
+        flat = ocp.load(path.absolute())
+        record = dict(ocp.metadata(path.absolute()).custom_metadata)
+    except Exception as fault:
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
+        raise LoraxError(f"{path}: not a readable adapter ({reason})") from fault
+    values = record.pop("spec")
+    return flat, LoraSpec(**_tuples(values)) if values else None, record
+
+
+def lora_tree(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The LoRA tree within the leaves of `load_adapter`.
+
+    >>> lora_tree({"lora.q.kernel.a": 1, "lora.q.kernel.b": 2, "base.head.out.bias": 3})
+    {'q.kernel': {'a': 1, 'b': 2}}
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for name, leaf in flat.items():
+        if name.startswith("lora."):
+            target, _, part = name.removeprefix("lora.").rpartition(".")
+            tree.setdefault(target, {})[part] = leaf
+    return tree
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is whole or absent, whenever the process dies."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    partial.replace(path)
+
+
+def _flatten(tree: Any) -> dict[str, np.ndarray]:
+    return {leaf_path(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _unflatten(flat: dict[str, Any], like: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda p, _: jax.numpy.asarray(flat[leaf_path(p)]), like
+    )
+
+
+def _abstract(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {name: np.empty_like(x) for name, x in flat.items()}
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(map(_tuple, v)) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,143 @@
+"""The door between Hydra and the library: DictConfig in, dataclasses out, faults in one line."""
+
+import itertools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
+from lorax.trial_id import trial_id
+
+
+def config_of(config: DictConfig) -> TrialConfig:
+    """The trial that a composed config describes, resolved and type-checked.
+
+    Raises:
+      LoraxError: a missing or ill-typed value.
+    """
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(TrialConfig), plain)
+        trial = OmegaConf.to_object(typed)
+    except OmegaConfBaseException as fault:
+        raise LoraxError(one_line(fault)) from fault
+    assert isinstance(trial, TrialConfig)
+    return trial
+
+
+def register() -> None:
+    """Tell Hydra the schema, and `${trial_id:}`, which names a trial's directory."""
+    ConfigStore.instance().store(name="trial", node=TrialConfig)
+    OmegaConf.register_new_resolver(
+        "trial_id", lambda *, _root_: trial_id(config_of(_root_)), replace=True
+    )
+
+
+def hydra_main(task: Callable[[TrialConfig], Any], config_name: str) -> None:
+    """Run a Hydra application; whatever the user can mend is one line and exit status 2.
+
+    Args:
+      task: gets each trial; its return value goes to the sweeper.
+      config_name: the primary config in `conf/`.
+    """
+    register()
+    quiet_libraries()
+    debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # faults reach the handler below instead of being printed
+
+    def door(config: DictConfig) -> Any:
+        try:
+            return task(config_of(config))
+        except LoraxError as fault:
+            if debug:
+                raise
+            sys.exit(_report(fault))
+
+    application = hydra.main(version_base=None, config_path="pkg://conf", config_name=config_name)
+    try:
+        application(door)()
+    except (LoraxError, HydraException, OmegaConfBaseException) as fault:
+        if debug:
+            raise
+        sys.exit(_report(fault))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def quiet_libraries() -> None:
+    """Hydra shows INFO of every library; of these only warnings matter."""
+    for name in ("absl", "jax", "orbax", "hydra._internal.core_plugins.basic_launcher"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _report(fault: Exception) -> int:
+    cause = fault.__cause__
+    if isinstance(fault, HydraException) and isinstance(cause, OmegaConfBaseException):
+        fault = cause
+    print(f"error: {one_line(fault)}", file=sys.stderr)
+    return 2
+
+
+def one_line(fault: Exception) -> str:
+    """A fault of Hydra or OmegaConf as one line, with the keys that would be right."""
+    if isinstance(fault, LoraxError):
+        return str(fault)
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    text = lines[0] if lines else type(fault).__name__
+    key = getattr(fault, "full_key", None)
+    unknown = re.match(r"Key '(.+)' (?:is not in struct|not in '.+')", text)
+    if unknown:
+        return _unknown_key(key or unknown.group(1))
+    text = text.rstrip(".")
+    if key and key not in text:
+        text = f"{key}: {text}"
+    listing = next(
+        (n for n, line in enumerate(lines) if line.startswith("Available options")), None
+    )
+    if listing is not None:
+        return f"{text}; there are {', '.join(lines[listing + 1 :])}"
+    if text.startswith("Error parsing override"):
+        return f"{text}: {lines[-2] if len(lines) > 2 else lines[-1]}"
+    return text
+
+
+def _available(lines: list[str]) -> list[str]:
+    """Hydra's list of a group's options, which ends where its search path begins."""
+    heads = [n for n, line in enumerate(lines) if line.startswith("Available options")]
+    if not heads:
+        return []
+    return list(itertools.takewhile(lambda line: not line.endswith(":"), lines[heads[0] + 1 :]))
+
+
+def _unknown_key(key: str) -> str:
+    import difflib
+
+    known = _known_keys()
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    group = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == group]
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(siblings or known)}"
+    return f"{key!r} is not a setting; {hint}"
+
+
+def _known_keys() -> list[str]:
+    def walk(node: Any, prefix: str) -> list[str]:
+        if isinstance(node, dict) and node:
+            return [key for name in node for key in walk(node[name], f"{prefix}{name}.")]
+        return [prefix.rstrip(".")]
+
+    plain = OmegaConf.to_container(OmegaConf.structured(TrialConfig))
+    return walk(plain, "")

@@ -1,0 +1,65 @@
+"""Trials one after another in one process, which share data and compiled programs."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
+from lorax.train import check_trial, run_trial
+from lorax.trial_id import trial_id
+
+log = logging.getLogger(__name__)
+
+
+def check_trials(trials: Sequence[TrialConfig]) -> None:
+    """Refuse a sweep before any of it trains.
+
+    Raises:
+      LoraxError: the first trial that cannot run, and why.
+    """
+    for trial in trials:
+        try:
+            check_trial(trial)
+        except LoraxError as fault:
+            where = f" (trial {trial_id(trial)})" if len(trials) > 1 else ""
+            raise LoraxError(f"{fault}{where}") from fault
+
+
+def run_trials(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
+    """Check every trial, then run each; finished ones are skipped.
+
+    Returns:
+      Their results, in order; see `lorax.train.run_trial`.
+
+    Raises:
+      LoraxError: see `check_trials`; or a directory that cannot be written.
+    """
+    check_trials(trials)
+    with sweep_bar(trials) as bar:
+        return [run_trial(trial) for trial in bar]
+
+
+@contextlib.contextmanager
+def sweep_bar(trials: Sequence[Any]) -> Iterator[Iterable[Any]]:
+    """A progress bar over trials, above the trial's own; log lines pass above both."""
+    bar = tqdm(trials, desc="sweep", unit="trial", disable=not sys.stderr.isatty())
+    with logging_redirect_tqdm():
+        yield bar
+
+
+def summary_line(result: dict[str, Any]) -> str:
+    """One line on a trial that has ended."""
+    if result["status"] == "diverged":
+        return f"{result['trial_id']}: diverged, {result['reason']}"
+    name, best = result["metric"], result["best"]
+    score = best["metrics"][name]
+    return (
+        f"{result['trial_id']}: {name} {score:.4f} at step {best['step']} of {result['steps']}, "
+        f"{result['trainable_params']:,} trained parameters, {result['seconds_total']:.0f} s"
+    )

@@ -1,0 +1,113 @@
+"""What a trial cost: time, memory, FLOPs; and where it ran."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclass
+class StepCost:
+    """The compiled step of one batch shape, as XLA reports it."""
+
+    compile_seconds: float
+    flops: float
+    memory_bytes: int
+
+
+@dataclass
+class Meter:
+    """Costs of one trial, filled in by the loop."""
+
+    shapes: dict[int, StepCost] = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
+    steps_by_length: dict[int, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def compile(self, length: int, jitted: Any, *args: Any) -> None:
+        """Compile `jitted` for batches of `length` tokens, once, and keep its cost.
+
+        A later plain call with the same shapes finds the same executable.
+        """
+        if length in self.shapes:
+            return
+        start = time.perf_counter()
+        compiled = jitted.lower(*args).compile()
+        seconds = time.perf_counter() - start
+        memory = compiled.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        total = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+        flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+        self.shapes[length] = StepCost(seconds, float(flops), int(total))
+
+    def summary(self) -> dict[str, Any]:
+        """The costs, for `result.json`."""
+        steps = sum(self.steps_by_length.values())
+        flops = sum(self.shapes[t].flops * n for t, n in self.steps_by_length.items())
+        return {
+            "seconds_per_step": float(np.median(self.step_seconds)) if self.step_seconds else None,
+            "seconds_total": time.perf_counter() - self.started,
+            "compile_seconds": sum(cost.compile_seconds for cost in self.shapes.values()),
+            "step_memory_bytes": max((c.memory_bytes for c in self.shapes.values()), default=0),
+            "flops_per_step": flops / steps if steps else None,
+            "steps_by_length": {str(t): n for t, n in sorted(self.steps_by_length.items())},
+            "peak_rss_bytes": peak_rss(),
+            "peak_device_bytes": _peak_device(),
+        }
+
+
+def reset_peak_rss() -> None:
+    """Start a new measurement of the resident peak (Linux; elsewhere it is the process's)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process, in bytes, since `reset_peak_rss`."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def _peak_device() -> int | None:
+    stats = jax.devices()[0].memory_stats()
+    return stats.get("peak_bytes_in_use") if stats else None
+
+
+def environment() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import flax
+    import optax
+
+    device = jax.devices()[0]
+    return {
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

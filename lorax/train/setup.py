@@ -1,0 +1,177 @@
+"""From a trial's config to its arrays: data, model, adapter, and what is trained."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lorax import data
+from lorax.config import LoraConfig, ModelConfig, TaskConfig, TrialConfig
+from lorax.errors import LoraxError
+from lorax.lora import LoraSpec, count_params, init, mask_of, pad, resolve, split, trainable_mask
+from lorax.models import abstract_model, load_model, resolve_source
+from lorax.train.check import check_config
+from lorax.train.optimizer import Hyper
+from lorax.train.step import Frozen, Program
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+HEAD = "head"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A tokenized task: the training split, each dev split, and the compiled lengths."""
+
+    task: data.Task
+    train: data.Encoded
+    dev: dict[str, data.Encoded]
+    edges: tuple[int, ...]
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A trial ready to run: `trainable` and `frozen` are the two sides of the split."""
+
+    program: Program
+    trainable: Any
+    frozen: Frozen
+    spec: LoraSpec | None
+    counts: dict[str, int]
+    dropout_key: jax.Array
+
+
+def spec_of(lora: LoraConfig) -> LoraSpec:
+    """The LoraSpec of a config, its head among the modules to save."""
+    values = {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora)}
+    return LoraSpec(**values, modules_to_save=(HEAD,))
+
+
+def check_trial(config: TrialConfig) -> None:
+    """Refuse whatever can be refused before training: values, targets, data and weights.
+
+    Raises:
+      LoraxError: see `check_config`, `lorax.resolve`, `load_dataset` and `load_model`.
+    """
+    check_config(config)
+    task = data.get_task(config.task.name)
+    if config.train.mode == "lora":
+        model = abstract_model(config.model, task.num_outputs)
+        resolve(nnx.to_pure_dict(nnx.state(model)), spec_of(config.lora))
+    _check_length(config)
+    load_dataset(config.task, config.model, config.train.max_shapes)
+    model_items = tuple(dataclasses.asdict(config.model).items())
+    _check_weights(model_items, task.num_outputs, config.train.precision)
+
+
+def _check_length(config: TrialConfig) -> None:
+    model = abstract_model(config.model, 1)
+    limit = model.encoder.config.max_length
+    if config.task.max_length > limit:
+        raise LoraxError(
+            f"task.max_length={config.task.max_length} is above the {limit} positions of "
+            f"model.source={config.model.source}"
+        )
+
+
+def load_dataset(task: TaskConfig, model: ModelConfig, max_shapes: int) -> Dataset:
+    """The task in the model's tokens; kept, so that a sweep tokenizes once."""
+    key = tuple(dataclasses.asdict(task).items())
+    return _load_dataset(key, model.source, model.revision, max_shapes)
+
+
+@lru_cache(maxsize=4)
+def _load_dataset(
+    task_items: tuple[tuple[str, Any], ...], source: str, revision: str | None, max_shapes: int
+) -> Dataset:
+    config = TaskConfig(**dict(task_items))
+    task = data.get_task(config.name)
+    tokenizer = data.load_tokenizer(resolve_source(source, revision))
+
+    def read(split_name: str, limit: int | None) -> data.Encoded:
+        examples = data.load_split(task, split_name, config.data_dir)
+        return data.encode(tokenizer, data.subsample(examples, limit), config.max_length)
+
+    train = read("train", config.max_train_samples)
+    dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
+    lengths = np.concatenate([train.lengths, *(d.lengths for d in dev.values())])
+    edges = data.bucket_lengths(lengths, max_shapes)
+    pad_id = tokenizer.token_to_id("[PAD]") or tokenizer.token_to_id("<pad>") or 0
+    return Dataset(task, train, dev, edges, pad_id)
+
+
+@lru_cache(maxsize=8)
+def _check_weights(model: tuple[tuple[str, Any], ...], outputs: int, precision: str) -> None:
+    """Read the weights once a process, for the faults that only they show."""
+    config = ModelConfig(**dict(model))
+    load_model(config, outputs, key=jax.random.key(0), dtype=DTYPES[precision])
+
+
+def hyper_of(config: TrialConfig, factor: float = 1.0) -> Hyper:
+    """The optimizer's data when the schedule stands at `factor` of its peak."""
+    o = config.optimizer
+    head_lr = o.lr if o.head_lr is None else o.head_lr
+    clip = np.inf if o.clip_norm is None else o.clip_norm
+    values = (o.lr * factor, head_lr * factor, o.weight_decay, clip, o.b1, o.b2, o.eps)
+    return Hyper(*(np.float32(value) for value in values))
+
+
+def prepare(config: TrialConfig) -> Setup:
+    """The arrays of a trial, a pure function of its config.
+
+    The adapter's draw depends on the seed and each target's path alone, the head's on the
+    seed: trials that differ in rank, alpha or targets start from the same numbers.
+    """
+    lora_key, head_key, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
+    task, train = data.get_task(config.task.name), config.train
+    dtypes = {"dtype": DTYPES[train.precision], "param_dtype": DTYPES[train.base_dtype]}
+    model = load_model(config.model, task.num_outputs, key=head_key, **dtypes)
+    graphdef, state = nnx.split(model)
+    base = nnx.to_pure_dict(state)
+    mode = config.train.mode
+    spec = spec_of(config.lora) if mode == "lora" else None
+    lora = init(lora_key, base, spec) if spec else {}
+    adapter_params = count_params(lora)
+    if spec and train.pad_rank:
+        lora = pad(lora, train.pad_rank)
+    params = {"base": base, "lora": lora}
+    mask = trainable_mask(params, spec) if spec else _mask_without_lora(params, mode)
+    trainable, frozen = split(params, mask)
+    scales = {path: jnp.float32(spec.scale(path)) for path in lora} if spec else {}
+    program = Program(
+        graphdef=graphdef,
+        kind=task.kind,
+        lora_dropout=spec.dropout if spec else 0.0,
+        model_dropout=_has_dropout(model),
+        grad_accum=train.grad_accum,
+    )
+    counts = _counts(base, adapter_params, mode)
+    return Setup(program, trainable, Frozen(frozen, scales), spec, counts, dropout_key)
+
+
+def _counts(base: dict[str, Any], adapter: int, mode: str) -> dict[str, int]:
+    head = count_params(base[HEAD])
+    encoder = count_params(base) - head
+    return {
+        "adapter_params": adapter,
+        "head_params": head,
+        "base_params": encoder,
+        "trainable_params": adapter + head + (encoder if mode == "full" else 0),
+        "total_params": adapter + head + encoder,
+    }
+
+
+def _has_dropout(model: Any) -> bool:
+    c = model.encoder.config
+    rates = (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.classifier_dropout)
+    return any(rate for rate in rates)
+
+
+def _mask_without_lora(params: dict[str, Any], mode: str) -> dict[str, Any]:
+    modules = (HEAD, "encoder") if mode == "full" else (HEAD,)
+    return {"base": mask_of(params["base"], modules), "lora": {}}

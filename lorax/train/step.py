@@ -1,0 +1,135 @@
+"""The compiled programs: one optimizer step, one forward pass.
+
+Both are module-level jitted functions of plain pytrees. What shapes the program is static (a
+`Program`, hashable); learning rates, scales, seeds and decay are data. Trials of one process
+that differ in data alone reuse the same executable.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from lorax.lora import adapt, combine
+from lorax.train import optimizer
+from lorax.train.optimizer import Hyper
+
+Batch = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static part of a trial.
+
+    Attributes:
+      graphdef: of the NNX model whose parameters are `params["base"]`.
+      kind: `classification` or `regression`.
+      lora_dropout: rate on the input of A.
+      model_dropout: whether the model's own dropout is on in training.
+      grad_accum: micro-batches a step.
+    """
+
+    graphdef: Any
+    kind: str
+    lora_dropout: float = 0.0
+    model_dropout: bool = False
+    grad_accum: int = 1
+
+
+class State(NamedTuple):
+    """What a step changes. `trainable` is one side of `lorax.split`; `key` is raw key data."""
+
+    trainable: Any
+    opt_state: Any
+    step: jax.Array
+    key: jax.Array
+
+
+class Frozen(NamedTuple):
+    """What no step changes: the other side of the split, and each target's scale."""
+
+    params: Any
+    scales: dict[str, jax.Array]
+
+
+def init_state(trainable: Any, hyper: Hyper, key: jax.Array) -> State:
+    """The state before the first step; `key` seeds all dropout."""
+    opt_state = optimizer.init(trainable, hyper)
+    return State(trainable, opt_state, jnp.zeros((), jnp.int32), jax.random.key_data(key))
+
+
+def forward(
+    program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None = None
+) -> jax.Array:
+    """Model outputs (B, outputs) in fp32; deterministic without a key."""
+    params = combine(trainable, frozen.params)
+    model: Any = nnx.merge(program.graphdef, params["base"])
+    model = adapt(model, params["lora"], frozen.scales, dropout=program.lora_dropout, key=key)
+    rngs = nnx.Rngs(key) if key is not None and program.model_dropout else None
+    inputs = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+    return model(*inputs, rngs=rngs)
+
+
+def example_losses(kind: str, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy, or the squared error of a regression, of each example: (B,)."""
+    if kind == "regression":
+        return optax.squared_error(outputs[:, 0], labels)
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+
+
+def _loss_and_grad(
+    program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    """Summed weighted loss over one micro-batch and its gradient on the trainable part."""
+
+    def loss(part: Any) -> jax.Array:
+        outputs = forward(program, part, frozen, batch, key)
+        return jnp.sum(batch["weights"] * example_losses(program.kind, outputs, batch["labels"]))
+
+    return jax.value_and_grad(loss)(trainable)
+
+
+def _accumulated(
+    program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    n = program.grad_accum
+    if n == 1:
+        return _loss_and_grad(program, trainable, frozen, batch, key)
+    micro = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+
+    def add(total: tuple[jax.Array, Any], item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        i, part = item
+        part_key = None if key is None else jax.random.fold_in(key, i)
+        result = _loss_and_grad(program, trainable, frozen, part, part_key)
+        return jax.tree.map(jnp.add, total, result), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, (jnp.arange(n), micro))[0]
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="state")
+def train_step(
+    program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: Batch
+) -> tuple[State, jax.Array]:
+    """One optimizer step: (new state, mean loss over the batch's real examples).
+
+    `state` is donated. Gradients exist for `state.trainable` alone.
+    """
+    stochastic = program.lora_dropout > 0 or program.model_dropout
+    key = jax.random.wrap_key_data(state.key)
+    key = jax.random.fold_in(key, state.step) if stochastic else None
+    loss, grads = _accumulated(program, state.trainable, frozen, batch, key)
+    count = jnp.sum(batch["weights"])
+    grads = jax.tree.map(lambda g: g / count, grads)
+    trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable, hyper)
+    return State(trainable, opt_state, state.step + 1, state.key), loss / count
+
+
+@partial(jax.jit, static_argnames="program")
+def predict(program: Program, trainable: Any, frozen: Frozen, batch: Batch) -> jax.Array:
+    """Model outputs (B, outputs) without dropout: the same forward as training's."""
+    return forward(program, trainable, frozen, batch)

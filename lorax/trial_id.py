@@ -1,0 +1,42 @@
+"""Where a trial lives: a name that its config alone decides."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from lorax.config import LoraConfig, TrialConfig
+
+ELSEWHERE = ("tracking", "sweep", "output_dir")
+
+
+def trial_id(config: TrialConfig) -> str:
+    """A readable name ending in a hash of all that can change a trial's numbers.
+
+    Tracking and places are left out, and the adapter's fields where none is trained: the same
+    trial asked for twice is one trial.
+
+    >>> trial_id(TrialConfig(seed=1)).rsplit("-", 1)[0]
+    'reviews-lora-r8-a16-qv-lr0.001-s1'
+    """
+    content = dataclasses.asdict(config)
+    for name in ELSEWHERE:
+        del content[name]
+    if config.train.mode != "lora":
+        content["lora"] = dataclasses.asdict(LoraConfig())
+        content["train"]["pad_rank"] = None
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    parts = [config.task.name, config.train.mode]
+    if config.train.mode == "lora":
+        targets = config.lora.targets
+        names = targets if isinstance(targets, list | tuple) else [targets]
+        label = "+".join(re.sub(r"[^\w-]", "_", str(name)) for name in names)
+        parts += [f"r{config.lora.rank}", f"a{config.lora.alpha:g}", label[:24]]
+    parts += [f"lr{config.optimizer.lr:g}", f"s{config.seed}", digest]
+    return "-".join(parts)
+
+
+def trial_dir(config: TrialConfig) -> Path:
+    """`<output_dir>/<sweep>/<trial id>`."""
+    return Path(config.output_dir) / config.sweep / trial_id(config)
