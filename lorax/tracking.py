@@ -71,7 +71,7 @@ class Wandb:
             job_type=trial["train"]["mode"],
             config=trial,
             dir=str(directory),
-            mode=os.environ.get("WANDB_MODE") or ("online" if online else "offline"),
+            mode=None if "WANDB_MODE" in os.environ else "online" if online else "offline",
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off"),

@@ -104,11 +104,8 @@ def one_line(fault: Exception) -> str:
     text = text.rstrip(".")
     if key and key not in text:
         text = f"{key}: {text}"
-    listing = next(
-        (n for n, line in enumerate(lines) if line.startswith("Available options")), None
-    )
-    if listing is not None:
-        return f"{text}; there are {', '.join(lines[listing + 1 :])}"
+    if options := _available(lines):
+        return f"{text}; there are {', '.join(options)}"
     if text.startswith("Error parsing override"):
         return f"{text}: {lines[-2] if len(lines) > 2 else lines[-1]}"
     return text

@@ -74,7 +74,7 @@ def forward(
     return model(*inputs, rngs=rngs)
 
 
-def example_losses(kind: str, outputs: jax.Array, labels: jax.Array) -> jax.Array:
+def example_losses(kind: str, outputs: Any, labels: Any) -> jax.Array:
     """Cross-entropy, or the squared error of a regression, of each example: (B,)."""
     if kind == "regression":
         return optax.squared_error(outputs[:, 0], labels)
