@@ -7,20 +7,14 @@ Each trial has its own directory, `outputs/<sweep>/<trial>`. A finished trial is
 one cut short goes on, when the same command is given again.
 """
 
-import logging
-
 from lorax.config import TrialConfig
 from lorax.sweep import hydra_main
-from lorax.sweep.serial import summary_line
-from lorax.train import run_trial
-
-log = logging.getLogger(__name__)
+from lorax.sweep.serial import run_and_tell
 
 
 def finetune(trial: TrialConfig) -> float | None:
     """Run a trial; the best value of the task's main metric, for a sweeper to maximise."""
-    result = run_trial(trial)
-    log.info(summary_line(result))
+    result = run_and_tell(trial)
     return result["best"]["metrics"][result["metric"]] if result["best"] else None
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,6 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.trial_id import trial_id
+
+T = TypeVar("T")
+SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def config_of(config: DictConfig) -> TrialConfig:
@@ -46,30 +49,33 @@ def register() -> None:
 
 
 def hydra_main(task: Callable[[TrialConfig], Any], config_name: str) -> None:
-    """Run a Hydra application; whatever the user can mend is one line and exit status 2.
+    """Run a Hydra application behind `at_the_door`.
 
     Args:
       task: gets each trial; its return value goes to the sweeper.
       config_name: the primary config in `conf/`.
     """
     register()
-    quiet_libraries()
-    debug = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # faults reach the handler below instead of being printed
 
-    def door(config: DictConfig) -> Any:
-        try:
-            return task(config_of(config))
-        except LoraxError as fault:
-            if debug:
-                raise
-            sys.exit(_report(fault))
+    def job(config: DictConfig) -> Any:
+        # SystemExit, unlike an exception, passes through Hydra without a report of its own
+        return at_the_door(lambda: task(config_of(config)))
 
     application = hydra.main(version_base=None, config_path="pkg://conf", config_name=config_name)
+    at_the_door(application(job))
+
+
+def at_the_door(call: Callable[[], T]) -> T:
+    """`call()`, where a fault that the user can mend ends the process: one line, status 2.
+
+    With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
+    """
+    quiet_libraries()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its faults, instead of printing them
     try:
-        application(door)()
+        return call()
     except (LoraxError, HydraException, OmegaConfBaseException) as fault:
-        if debug:
+        if SHOW_TRACEBACK:
             raise
         sys.exit(_report(fault))
     except KeyboardInterrupt:

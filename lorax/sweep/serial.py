@@ -42,7 +42,14 @@ def run_trials(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
     """
     check_trials(trials)
     with sweep_bar(trials) as bar:
-        return [run_trial(trial) for trial in bar]
+        return [run_and_tell(trial) for trial in bar]
+
+
+def run_and_tell(trial: TrialConfig) -> dict[str, Any]:
+    """Run a trial and log one line on how it ended."""
+    result = run_trial(trial)
+    log.info(summary_line(result))
+    return result
 
 
 @contextlib.contextmanager

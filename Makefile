@@ -1,0 +1,63 @@
+# Everything runs in .venv, made here from pinned versions (constraints.txt).
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+
+.PHONY: help ablation test lint setup assets constraints clean
+
+help:
+	@echo "make ablation   set up, run a real rank ablation, write its report"
+	@echo "make test       set up, run all tests"
+	@echo "make lint       ruff and mypy"
+
+ablation: .venv/ready assets
+	@$(PY) -m experiments.ablation
+
+test: .venv/ready-test assets
+	@$(PY) -m pytest
+
+lint: .venv/ready-lint
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+setup: .venv/ready
+
+assets: .venv/ready
+	@$(PY) scripts/fetch_assets.py
+
+.venv/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else \
+	  f"error: Python {v.major}.{v.minor} is too old; lorax needs 3.11 or newer: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/ready: .venv/python pyproject.toml constraints.txt
+	@echo "Installing pinned dependencies into .venv (a minute or two) ..."
+	@$(PIP) -e .
+	@touch $@
+
+# PyTorch is the peer that the parity tests compare with. Its CPU wheel is a tenth of the default
+# one; where the index of CPU wheels cannot be reached, the default index serves.
+.venv/ready-test: .venv/ready
+	@echo "Installing test dependencies (PyTorch's CPU wheel, transformers, peft) ..."
+	@$(PIP) --retries 1 --timeout 20 --index-url $(TORCH_CPU) torch==2.13.0 2>/dev/null || $(PIP) torch==2.13.0
+	@$(PIP) -e ".[test]"
+	@touch $@
+
+.venv/ready-lint: .venv/ready
+	@$(PIP) -e ".[lint]"
+	@touch $@
+
+# The newest versions for every Python and platform: run, then `make test`. The packages that
+# only PyTorch's CUDA build needs are left out, so that they do not bind JAX's.
+constraints: .venv/python
+	@$(PY) -m pip install --quiet uv
+	@$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --upgrade \
+	  --no-emit-index-url --no-annotate --no-header \
+	  --extra test --extra lint --extra hub pyproject.toml | \
+	  grep -vE '^(nvidia-|cuda-|triton)' > constraints.partial && mv constraints.partial constraints.txt
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

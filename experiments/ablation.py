@@ -1,0 +1,63 @@
+"""A rank ablation, end to end: the sweep, its reference rows, its report.
+
+    python -m experiments.ablation                    # what `make ablation` runs
+    python -m experiments.ablation task=mrpc seed=0,1,2,3,4
+
+LoRA at ranks 1 to 16 and two learning rates, beside the frozen base (only the head is trained)
+and full fine-tuning at two learning rates each, since a rank sweep at one fixed learning rate
+partly measures the learning rate. Arguments are Hydra overrides for all trials; `seed=` takes a
+list. Given again, the command skips finished trials and goes on with one cut short.
+"""
+
+import itertools
+import logging
+import sys
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_module
+
+from lorax.analysis.report import build_report, save_report
+from lorax.config import TrialConfig
+from lorax.sweep import at_the_door, config_of, register, run_trials
+from lorax.trial_id import trial_dir
+
+RANKS = (1, 2, 4, 8, 16)
+LEARNING_RATES = {"head": (3e-3, 1e-2), "lora": (1e-3, 3e-3), "full": (5e-5, 2e-4)}
+SEEDS = "0,1,2"
+
+
+def trials(overrides: Sequence[str]) -> list[TrialConfig]:
+    """Every trial of the ablation: the reference rows first, then rank by rank."""
+    shared = [item for item in overrides if not item.startswith("seed=")]
+    asked = [item.removeprefix("seed=") for item in overrides if item.startswith("seed=")]
+    seeds = (asked or [SEEDS])[-1].split(",")
+    rows = [
+        *itertools.product(["head"], [None], LEARNING_RATES["head"], seeds),
+        *itertools.product(["lora"], RANKS, LEARNING_RATES["lora"], seeds),
+        *itertools.product(["full"], [None], LEARNING_RATES["full"], seeds),
+    ]
+    with initialize_config_module("conf", version_base=None):
+        return [_trial(shared, *row) for row in rows]
+
+
+def _trial(shared: Sequence[str], mode: str, rank: int | None, lr: float, seed: str) -> TrialConfig:
+    own = [f"train.mode={mode}", f"optimizer.lr={lr}", f"seed={seed}"]
+    own += [f"lora.rank={rank}"] if rank else []
+    config = compose("finetune", ["experiment=ablation", "tracking=jsonl", *own, *shared])
+    return config_of(config)
+
+
+def main(overrides: Sequence[str]) -> None:
+    """Run what is not finished yet; print the table and where the report is."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    register()
+    sweep = trials(overrides)
+    run_trials(sweep)
+    directory = trial_dir(sweep[0]).parent
+    report = build_report(directory)
+    print(report.text())
+    print(f"report: {save_report(report)}")
+
+
+if __name__ == "__main__":
+    at_the_door(lambda: main(sys.argv[1:]))

@@ -1,0 +1,446 @@
+"""BERT and RoBERTa encoders with a sequence-level head, in Flax NNX.
+
+Shapes in names: B batch, T tokens, S attended tokens (= T), D width, H heads, K width of a head,
+C outputs of the head.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lorax.errors import LoraxError
+
+POOLINGS = ("mean", "cls", "pooler")
+ATTENTIONS = ("einsum", "xla", "cudnn")
+
+
+@jax.checkpoint
+def gelu(u: jax.Array) -> jax.Array:
+    """Exact GELU; by erf, since the erfc of `jax.nn.gelu` takes several passes on a CPU.
+
+    The backward pass keeps `u` alone, which cuts a training step's temporaries by a sixth.
+    """
+    u_f32 = u.astype(jnp.float32)
+    return (0.5 * u_f32 * (1 + jax.lax.erf(u_f32 * math.sqrt(0.5)))).astype(u.dtype)
+
+
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+_PAD_TOKEN = {"bert": 0, "roberta": 1}
+# Options of a Hugging Face config that change the computation, and the values served here.
+_SERVED: dict[str, tuple[Any, ...]] = {
+    "model_type": tuple(_PAD_TOKEN),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "hidden_act": tuple(ACTIVATIONS),
+    "pruned_heads": ({},),
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The architecture, in the names of a Hugging Face `config.json`.
+
+    Attributes:
+      model_type: `bert`, or `roberta`, whose positions count from the padding id and whose head
+        drops features before the pooler's dense layer too.
+      classifier_dropout: rate before the output layer; None means `hidden_dropout_prob`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    model_type: str = "bert"
+    hidden_act: str = "gelu"
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+
+    def __post_init__(self) -> None:
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
+        """Reads the dict of a Hugging Face `config.json`.
+
+        Raises:
+          LoraxError: an option that changes the computation and is not served here, or a size
+            that is absent.
+        """
+        config = {k: v for k, v in config.items() if v is not None}
+        for option, served in _SERVED.items():
+            if config.get(option, served[0]) not in served:
+                known = ", ".join(map(str, served))
+                raise LoraxError(f"config.json: {option}={config[option]!r} is not one of: {known}")
+        needed = [f.name for f in fields(cls) if f.default is MISSING]
+        if absent := [name for name in needed if name not in config]:
+            raise LoraxError(f"config.json: no {', '.join(absent)}; is it a BERT or a RoBERTa?")
+        known_fields = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        pad = _PAD_TOKEN[config.get("model_type", "bert")]
+        return cls(**({"pad_token_id": pad} | known_fields))
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, in tokens, that has position embeddings."""
+        offset = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        return self.max_position_embeddings - offset
+
+
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """Inverted dropout with a key from the stream `dropout`; the identity without `rngs`."""
+    if rngs is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(rngs.dropout(), 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def attend(
+    q_BxTxHxK: jax.Array,
+    k_BxSxHxK: jax.Array,
+    v_BxSxHxK: jax.Array,
+    mask_BxS: jax.Array,
+    *,
+    implementation: str = "einsum",
+    dropout_rate: float = 0.0,
+    rngs: nnx.Rngs | None = None,
+) -> jax.Array:
+    """Softmax attention over the tokens where the mask is True; softmax in float32.
+
+    A sequence without one attended token gives finite values (the mean of `v`).
+
+    Returns:
+      Array of q's shape and dtype.
+    """
+    mask_Bx1x1xS = mask_BxS[:, None, None, :]
+    if implementation != "einsum":
+        return jax.nn.dot_product_attention(
+            q_BxTxHxK,
+            k_BxSxHxK,
+            v_BxSxHxK,
+            mask=mask_Bx1x1xS,
+            implementation=cast(Literal["xla", "cudnn"], implementation),
+        )
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxHxK, k_BxSxHxK, v_BxSxHxK))
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    logits_BxHxTxS = einsum("bhtk,bhsk->bhts", q, k) * (q.shape[-1] ** -0.5)
+    logits_BxHxTxS = jnp.where(mask_Bx1x1xS, logits_BxHxTxS, jnp.finfo(jnp.float32).min)
+    probs_BxHxTxS = dropout(jax.nn.softmax(logits_BxHxTxS).astype(q.dtype), dropout_rate, rngs)
+    out_BxHxTxK = einsum("bhts,bhsk->bhtk", probs_BxHxTxS, v).astype(q.dtype)
+    return jnp.swapaxes(out_BxHxTxK, 1, 2)
+
+
+_kernel_init = nnx.initializers.normal(0.02)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis; statistics in float32, output in `dtype`."""
+
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Normalises; the shape stays."""
+        x = x_BxTxD.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        scale, bias = (p[...].astype(jnp.float32)[None, None] for p in (self.scale, self.bias))
+        return (x * scale + bias).astype(self.dtype)
+
+
+def _product_dtype(dtype: DTypeLike) -> DTypeLike:
+    """On a CPU a bfloat16 product that comes out in bfloat16 runs at a third of the rate."""
+    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
+
+
+class _Factory:
+    """Makes the layers of one encoder: they share initialisers, dtypes and the rng."""
+
+    def __init__(self, config: BertConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs):
+        # One spelling of a dtype, so that graph definitions compare equal.
+        dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
+        self.dtype = dtype
+        self.linear = functools.partial(
+            nnx.Linear,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            preferred_element_type=_product_dtype(dtype),
+            kernel_init=_kernel_init,
+            rngs=rngs,
+        )
+        # Rows are gathered as stored: casting the whole table every step would cost more.
+        self.embed = functools.partial(
+            nnx.Embed, param_dtype=param_dtype, embedding_init=_kernel_init, rngs=rngs
+        )
+        self.norm = functools.partial(
+            LayerNorm,
+            config.hidden_size,
+            eps=config.layer_norm_eps,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+
+
+class Embeddings(nnx.Module):
+    """Word, position and token-type embeddings, summed and normalised."""
+
+    def __init__(self, config: BertConfig, make: _Factory):
+        self.config = config
+        self.word = make.embed(config.vocab_size, config.hidden_size)
+        self.position = make.embed(config.max_position_embeddings, config.hidden_size)
+        self.token_type = make.embed(config.type_vocab_size, config.hidden_size)
+        self.norm = make.norm()
+
+    def _positions(self, ids_BxT: jax.Array) -> jax.Array:
+        if self.config.model_type == "roberta":
+            real_BxT = (ids_BxT != self.config.pad_token_id).astype(jnp.int32)
+            return jnp.cumsum(real_BxT, axis=1) * real_BxT + self.config.pad_token_id
+        return jnp.broadcast_to(jnp.arange(ids_BxT.shape[1])[None], ids_BxT.shape)
+
+    def __call__(
+        self, ids_BxT: jax.Array, types_BxT: jax.Array | None, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Looks up token ids and segment ids (None: all 0); returns (B, T, D)."""
+        if ids_BxT.shape[1] > (longest := self.config.max_length):
+            raise LoraxError(
+                f"sequence of {ids_BxT.shape[1]} tokens: this model has {longest} positions; "
+                f"set task.max_length to {longest} or less"
+            )
+        types_BxT = jnp.zeros_like(ids_BxT) if types_BxT is None else types_BxT
+        x_BxTxD = self.word(ids_BxT).astype(jnp.float32)
+        x_BxTxD += self.token_type(types_BxT).astype(jnp.float32)
+        x_BxTxD += self.position(self._positions(ids_BxT)).astype(jnp.float32)
+        return dropout(self.norm(x_BxTxD), self.config.hidden_dropout_prob, rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with its residual connection and post-norm."""
+
+    def __init__(self, config: BertConfig, implementation: str, make: _Factory):
+        self.config, self.implementation, self.dtype = config, implementation, make.dtype
+        width = config.hidden_size
+        self.query = make.linear(width, width)
+        self.key = make.linear(width, width)
+        self.value = make.linear(width, width)
+        self.out = make.linear(width, width)
+        self.norm = make.norm()
+
+    def __call__(
+        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Mixes tokens along the attended ones of a (B, T) bool mask; the shape stays."""
+        y_BxTxHxK = attend(
+            self._split(self.query(x_BxTxD)),
+            self._split(self.key(x_BxTxD)),
+            self._split(self.value(x_BxTxD)),
+            mask_BxT,
+            implementation=self.implementation,
+            dropout_rate=self.config.attention_probs_dropout_prob,
+            rngs=rngs,
+        )
+        y_BxTxD = self.out(y_BxTxHxK.reshape(x_BxTxD.shape))
+        return self.norm(x_BxTxD + dropout(y_BxTxD, self.config.hidden_dropout_prob, rngs))
+
+    def _split(self, x_BxTxD: jax.Array) -> jax.Array:
+        heads = self.config.num_attention_heads
+        return x_BxTxD.reshape(*x_BxTxD.shape[:2], heads, -1).astype(self.dtype)
+
+
+class Mlp(nnx.Module):
+    """Feed-forward block with its residual connection and post-norm."""
+
+    def __init__(self, config: BertConfig, make: _Factory):
+        self.config = config
+        self.up = make.linear(config.hidden_size, config.intermediate_size)
+        self.down = make.linear(config.intermediate_size, config.hidden_size)
+        self.norm = make.norm()
+
+    def __call__(self, x_BxTxD: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Transforms every token by itself; the shape stays."""
+        y_BxTxD = self.down(ACTIVATIONS[self.config.hidden_act](self.up(x_BxTxD)))
+        return self.norm(x_BxTxD + dropout(y_BxTxD, self.config.hidden_dropout_prob, rngs))
+
+
+class Layer(nnx.Module):
+    """One transformer block."""
+
+    def __init__(self, config: BertConfig, implementation: str, make: _Factory):
+        self.attention = Attention(config, implementation, make)
+        self.mlp = Mlp(config, make)
+
+    def __call__(
+        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Attention, then feed-forward; the shape stays."""
+        return self.mlp(self.attention(x_BxTxD, mask_BxT, rngs), rngs)
+
+
+class Encoder(nnx.Module):
+    """BERT or RoBERTa without a head.
+
+    Args:
+      config: the architecture.
+      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
+        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
+      dtype: of matrix products and activations; LayerNorm statistics and softmax are float32.
+      param_dtype: of the stored parameters.
+      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
+
+    Raises:
+      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        attention: str = "einsum",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if attention not in ATTENTIONS:
+            raise LoraxError(f"attention={attention!r} is not one of: {', '.join(ATTENTIONS)}")
+        if (rate := config.attention_probs_dropout_prob) and attention != "einsum":
+            raise LoraxError(
+                f"attention={attention!r} cannot drop attention probabilities (rate {rate}): "
+                "set model.dropout=0 or model.attention=einsum"
+            )
+        make = _Factory(config, dtype, param_dtype, rngs)
+        self.config = config
+        self.embeddings = Embeddings(config, make)
+        self.layers = nnx.List(
+            [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
+        )
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        token_type_ids_BxT: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """Encodes a padded batch.
+
+        Args:
+          input_ids_BxT: int token ids, padded on either side.
+          attention_mask_BxT: 1 or True on real tokens; padding elsewhere.
+          token_type_ids_BxT: int segment ids; None means all 0.
+          rngs: stream `dropout` turns dropout on; None is deterministic.
+
+        Returns:
+          Hidden states of shape (B, T, D) in the compute dtype.
+
+        Raises:
+          LoraxError: T exceeds the model's positions.
+        """
+        x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, rngs)
+        for layer in self.layers:
+            x_BxTxD = layer(x_BxTxD, attention_mask_BxT.astype(bool), rngs)
+        return x_BxTxD
+
+
+class Head(nnx.Module):
+    """Pooling, dropout and the output layer, in float32.
+
+    Args:
+      config: the encoder's architecture.
+      num_outputs: classes, or 1 for a regression.
+      pooling: `mean` over attended tokens, `cls` (first token), or `pooler` (first token through
+        `dense` and tanh, as Hugging Face's sequence classifiers do).
+      rngs: its stream `params` draws kernels from normal(0.02); biases are zero.
+    """
+
+    def __init__(self, config: BertConfig, num_outputs: int, *, pooling: str, rngs: nnx.Rngs):
+        if pooling not in POOLINGS:
+            raise LoraxError(f"pooling={pooling!r} is not one of: {', '.join(POOLINGS)}")
+        linear = functools.partial(nnx.Linear, kernel_init=_kernel_init, rngs=rngs)
+        self.config, self.pooling = config, pooling
+        self.out = linear(config.hidden_size, num_outputs)
+        if pooling == "pooler":
+            self.dense = linear(config.hidden_size, config.hidden_size)
+
+    def __call__(
+        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
+        """Maps hidden states and their mask to float32 logits of shape (B, C)."""
+        rate = self.config.classifier_dropout
+        rate = self.config.hidden_dropout_prob if rate is None else rate
+        x_BxD = self._pool(x_BxTxD, mask_BxT, rate, rngs)
+        return self.out(dropout(x_BxD, rate, rngs))
+
+    def _pool(self, x_BxTxD, mask_BxT, rate, rngs) -> jax.Array:
+        if self.pooling == "mean":
+            mask_BxTx1 = mask_BxT.astype(jnp.float32)[..., None]
+            total_BxD = (x_BxTxD.astype(jnp.float32) * mask_BxTx1).sum(1)
+            return total_BxD / jnp.maximum(mask_BxTx1.sum(1), 1)
+        x_BxD = x_BxTxD[:, 0].astype(jnp.float32)
+        if self.pooling == "cls":
+            return x_BxD
+        if self.config.model_type == "roberta":
+            x_BxD = dropout(x_BxD, rate, rngs)
+        return jnp.tanh(self.dense(x_BxD))
+
+
+class SequenceClassifier(nnx.Module):
+    """An encoder (`encoder`) and a classification or regression head (`head`).
+
+    Args:
+      config: the architecture.
+      num_outputs: classes, or 1 for a regression.
+      pooling: see `Head`.
+      attention: see `Encoder`.
+      dtype: compute dtype of the encoder; the head computes in float32.
+      param_dtype: storage of the encoder's parameters; the head's are float32.
+      rngs: draws the parameters.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        num_outputs: int,
+        *,
+        pooling: str = "mean",
+        attention: str = "einsum",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.encoder = Encoder(
+            config, attention=attention, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.head = Head(config, num_outputs, pooling=pooling, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        token_type_ids_BxT: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> jax.Array:
+        """Maps a padded batch to float32 logits of shape (B, C); arguments as in `Encoder`."""
+        x_BxTxD = self.encoder(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, rngs)
+        return self.head(x_BxTxD, attention_mask_BxT, rngs)

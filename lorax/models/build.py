@@ -1,0 +1,129 @@
+"""From a `ModelConfig` to a model: its config, its abstract shape, its weights."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lorax.config import ModelConfig
+from lorax.errors import LoraxError
+from lorax.models.bert import BertConfig, Head, SequenceClassifier
+from lorax.models.convert import convert
+from lorax.models.hub import load_checkpoint, read_json, resolve_source
+
+
+def load_config(model: ModelConfig) -> BertConfig:
+    """Reads the architecture, no weights; `model.dropout`, if set, replaces all three rates.
+
+    Raises:
+      LoraxError: no such model, or one with an option that is not served.
+    """
+    folder = resolve_source(model.source, model.revision)
+    try:
+        config = BertConfig.from_hf(read_json(folder / "config.json"))
+    except LoraxError as error:
+        raise LoraxError(f"model.source={model.source}: {error}") from None
+    if (rate := model.dropout) is None:
+        return config
+    if not 0 <= rate < 1:
+        raise LoraxError(f"model.dropout={rate} is not in [0, 1)")
+    return dataclasses.replace(
+        config, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=None
+    )
+
+
+def abstract_model(
+    model: ModelConfig,
+    num_outputs: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> SequenceClassifier:
+    """The model with `jax.ShapeDtypeStruct`s for parameters: no weights are read or allocated.
+
+    Its graph definition equals that of `load_model` with the same arguments.
+
+    Args:
+      model: which base, pooling, attention and dropout.
+      num_outputs: classes, or 1 for a regression.
+      dtype: compute dtype of the encoder.
+      param_dtype: storage of the encoder's parameters.
+
+    Raises:
+      LoraxError: as `load_config`, or an unknown `pooling` or `attention`.
+    """
+    config = load_config(model)
+    return nnx.eval_shape(
+        lambda: SequenceClassifier(
+            config,
+            num_outputs,
+            pooling=model.pooling,
+            attention=model.attention,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )
+
+
+def load_model(
+    model: ModelConfig,
+    num_outputs: int,
+    *,
+    key: jax.Array,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+) -> SequenceClassifier:
+    """The model with the checkpoint's weights.
+
+    The head is drawn from `key` alone. With pooling `pooler` the checkpoint's pooler, and its
+    output layer where that has `num_outputs` outputs, take the place of what was drawn; the other
+    poolings feed the output layer other features than it was trained on, so theirs is fresh.
+
+    Args:
+      model: which base, pooling, attention and dropout.
+      num_outputs: classes, or 1 for a regression.
+      key: draws the fresh head.
+      dtype: compute dtype of the encoder.
+      param_dtype: storage of the encoder's parameters; the head's stay float32.
+
+    Raises:
+      LoraxError: as `abstract_model`; a checkpoint that is damaged or does not fit; `cudnn`
+        attention without a GPU or in float32.
+    """
+    if model.attention == "cudnn" and (
+        jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2
+    ):
+        raise LoraxError("model.attention=cudnn needs a GPU and bf16 compute: take xla or einsum")
+    abstract = abstract_model(model, num_outputs, dtype=dtype, param_dtype=param_dtype)
+    graphdef, state = nnx.split(abstract)
+    wanted = _flatten(nnx.to_pure_dict(state))
+    config = abstract.encoder.config
+    head = Head(config, num_outputs, pooling=model.pooling, rngs=nnx.Rngs(params=key))
+    params = _flatten({"head": nnx.to_pure_dict(nnx.state(head))})
+    try:
+        tensors = load_checkpoint(resolve_source(model.source, model.revision))
+        loaded = convert(tensors, wanted, config.model_type, load_head=model.pooling == "pooler")
+    except LoraxError as error:
+        raise LoraxError(f"model.source={model.source}: {error}") from None
+    params |= {path: jnp.asarray(x, wanted[path].dtype) for path, x in loaded.items()}
+    return nnx.merge(graphdef, _unflatten(params))
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def _unflatten(flat: dict[str, Any]) -> dict[Any, Any]:
+    tree: dict[Any, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = (int(key) if key.isdigit() else key for key in path.split("."))
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

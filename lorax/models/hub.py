@@ -1,0 +1,144 @@
+"""Where a base model comes from: a local folder or the Hugging Face hub, and its safetensors."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax.errors import LoraxError
+
+_ROOT = Path(__file__).resolve().parents[2]
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def resolve_source(source: str, revision: str | None = None) -> Path:
+    """Finds a model's folder, downloading it where need be.
+
+    Args:
+      source: a folder (as given, under the project's root, or under `$LORAX_ASSETS`, which stands
+        for the project's `assets`), or else a repository id of the Hugging Face hub.
+      revision: branch, tag or commit on the hub.
+
+    Returns:
+      The local folder.
+
+    Raises:
+      LoraxError: neither a folder nor a repository that could be downloaded.
+    """
+    for folder in _candidates(source):
+        if source and folder.is_dir():
+            return folder
+    if source.startswith("assets/"):
+        raise LoraxError(f"{source} is not there yet: run `python scripts/fetch_assets.py`")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        raise LoraxError(f"model.source={source!r} is no folder, and no repository id of the hub")
+    return _download(source, revision)
+
+
+def _candidates(source: str) -> list[Path]:
+    given = Path(source).expanduser()
+    folders = [given, _ROOT / given]
+    if assets := os.environ.get("LORAX_ASSETS"):
+        folders += [Path(assets) / source.removeprefix("assets/"), Path(assets) / source]
+    return folders
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise LoraxError(
+            f"model.source={repo!r} is no folder; to take it from the hub: "
+            "pip install 'lorax-flax[hub]'"
+        ) from None
+    try:
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=["*/*"]
+            )
+        )
+    # Hub errors come from several packages (HTTP, validation, cache), and all mean the same here.
+    except Exception as error:
+        at = f" at revision {revision!r}" if revision else ""
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LoraxError(
+            f"model.source={repo!r} is no folder, and the hub did not give it{at}: {reason}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      LoraxError: no such file, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoraxError(f"{path.parent} has no {path.name}") from None
+    except (OSError, ValueError) as error:
+        raise LoraxError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise LoraxError(f"{path} should hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def load_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads safetensors: a file, or a folder with `model.safetensors`, whole or sharded.
+
+    Returns:
+      Tensor name to array, as stored.
+
+    Raises:
+      LoraxError: no safetensors there, a missing shard, or a damaged file.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for file in _weight_files(Path(path)):
+        tensors.update(_load_file(file))
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.suffix == ".bin":
+        raise _pickle_refused(path)
+    if path.is_file():
+        return [path]
+    if (path / _WEIGHTS).is_file():
+        return [path / _WEIGHTS]
+    if (path / _INDEX).is_file():
+        return _shards(path / _INDEX)
+    if pickles := sorted(path.glob("pytorch_model*.bin")):
+        raise _pickle_refused(pickles[0])
+    raise LoraxError(f"{path} has no {_WEIGHTS} (nor {_INDEX})")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise LoraxError(f"{index} has no weight_map: download it again")
+    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise LoraxError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")
+    return shards
+
+
+def _pickle_refused(path: Path) -> LoraxError:
+    return LoraxError(
+        f"{path} is a pickle, which may run code when loaded, so it is refused: convert it with "
+        "transformers (from_pretrained, then save_pretrained writes model.safetensors)"
+    )
+
+
+def _load_file(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise LoraxError(f"{path} is damaged or no safetensors file: {error}") from error
