@@ -107,14 +107,6 @@ def _strip(name: str) -> str:
     return name
 
 
-def _normalise(tensors: Mapping[str, np.ndarray], model_type: str) -> dict[str, np.ndarray]:
-    """One spelling of names; RoBERTa's pooler stands in for an absent `classifier.dense`."""
-    named = {_strip(name): tensor for name, tensor in tensors.items()}
-    if model_type == "roberta" and not any(name.startswith("classifier.dense.") for name in named):
-        named = {re.sub(r"^pooler\.", "classifier.", name): x for name, x in named.items()}
-    return named
-
-
 def convert(
     tensors: Mapping[str, np.ndarray],
     wanted: Mapping[str, Shaped],
@@ -137,7 +129,7 @@ def convert(
     Raises:
       LoraxError: every missing, mis-shaped and unexpected weight, in one line.
     """
-    rest = _normalise(tensors, model_type)
+    rest = {_strip(name): tensor for name, tensor in tensors.items()}
     found: dict[str, np.ndarray] = {}
     faults: list[str] = []
     absent = _absent_head_modules(wanted, rest, model_type) if load_head else ("head.",)
