@@ -4,9 +4,13 @@ Orbax writes a checkpoint beside its place and renames it when it is whole, so t
 short is never taken for a checkpoint. The frozen base is never saved: its source is.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,9 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Write a pytree of arrays (None allowed) and a JSON-able record of where it stands."""
-        self._manager.save(step, _flatten(state), custom_metadata=progress, overwrite=True)
+        with _os_faults(self.directory):
+            record = {"progress": progress}
+            self._manager.save(step, _flatten(state), custom_metadata=record, overwrite=True)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest readable (state, progress); None when there is none.
@@ -54,7 +60,9 @@ class Checkpoints:
             try:
                 flat = self._manager.load(checkpoint.step, _abstract(_flatten(like)))
                 metadata = self._manager.metadata(checkpoint.step).custom_metadata
-                return _unflatten(flat, like), dict(metadata)
+                if not metadata:  # Orbax takes a damaged record for an empty one
+                    raise ValueError("it does not say where training stood")
+                return _unflatten(flat, like), dict(metadata["progress"])
             except Exception as fault:  # any kind of damage, and Orbax has no common base class
                 reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
                 path = self.directory / str(checkpoint.step)
@@ -80,7 +88,8 @@ def save_adapter(path: Path, trainable: Any, spec: LoraSpec | None, about: dict[
       Bytes on disk.
     """
     record = {**about, "spec": dataclasses.asdict(spec) if spec else None}
-    ocp.save(path.absolute(), _flatten(trainable), overwrite=True, custom_metadata=record)
+    with _os_faults(path):
+        ocp.save(path.absolute(), _flatten(trainable), overwrite=True, custom_metadata=record)
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
@@ -123,14 +132,32 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+@contextlib.contextmanager
+def _os_faults(path: Path) -> Iterator[None]:
+    """TensorStore reports a full disk as a ValueError of many lines: an OSError again."""
+    try:
+        yield
+    except ValueError as fault:
+        code = re.search(r"os_error_code='(\d+)'", str(fault))
+        if code is None:
+            raise
+        number = int(code.group(1))
+        raise OSError(number, os.strerror(number), str(path)) from fault
+
+
 def _flatten(tree: Any) -> dict[str, np.ndarray]:
     return {leaf_path(p): np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _unflatten(flat: dict[str, Any], like: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda p, _: jax.numpy.asarray(flat[leaf_path(p)]), like
-    )
+    def leaf(path: tuple[Any, ...], want: Any) -> jax.Array:
+        name = leaf_path(path)
+        found = jax.numpy.asarray(flat[name])
+        if found.shape != np.shape(want):  # Orbax loads another shape without a word
+            raise ValueError(f"{name} has shape {found.shape}, expected {np.shape(want)}")
+        return found
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def _abstract(flat: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from lorax.config import LoraConfig, TrialConfig
 
@@ -26,7 +27,7 @@ def trial_id(config: TrialConfig) -> str:
     if config.train.mode != "lora":
         content["lora"] = dataclasses.asdict(LoraConfig())
         content["train"]["pad_rank"] = None
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(_canonical(content)).encode()).hexdigest()[:8]
     parts = [config.task.name, config.train.mode]
     if config.train.mode == "lora":
         targets = config.lora.targets
@@ -35,6 +36,16 @@ def trial_id(config: TrialConfig) -> str:
         parts += [f"r{config.lora.rank}", f"a{config.lora.alpha:g}", label[:24]]
     parts += [f"lr{config.optimizer.lr:g}", f"s{config.seed}", digest]
     return "-".join(parts)
+
+
+def _canonical(value: Any) -> Any:
+    """One spelling of equal numbers; the order of a pattern's entries stays, as it counts."""
+    if isinstance(value, dict):
+        return {name: _canonical(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_int else value
 
 
 def trial_dir(config: TrialConfig) -> Path:

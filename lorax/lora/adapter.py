@@ -43,18 +43,18 @@ def init(key: jax.Array, base: Any, spec: LoraSpec) -> LoraTree:
 def _init_target(key: jax.Array, target: Target, spec: LoraSpec) -> dict[str, jax.Array]:
     stacked, d_in, d_out = target.matrix_shape
     key = jax.random.fold_in(key, crc32(target.path.encode()))
-    if target.is_embedding:
-        b = draw_rows(_standard_normal, key, (target.rank, d_out), target.rank).T
-        return {"a": jnp.zeros((target.rank, d_in)), "b": b}
+    initializer = _standard_normal if target.is_embedding else INITIALIZERS[spec.init]
+    width = d_out if target.is_embedding else d_in
 
     def draw(layer_key: jax.Array) -> jax.Array:
-        return draw_rows(INITIALIZERS[spec.init], layer_key, (target.rank, d_in), target.rank)
+        return draw_rows(initializer, layer_key, (target.rank, width), target.rank)
 
-    a = jax.vmap(draw)(_layer_keys(key, math.prod(stacked))) if stacked else draw(key)
-    return {
-        "a": a.reshape(*stacked, target.rank, d_in),
-        "b": jnp.zeros((*stacked, d_out, target.rank)),
-    }
+    rows = jax.vmap(draw)(_layer_keys(key, math.prod(stacked))) if stacked else draw(key)
+    rows = rows.reshape(*stacked, target.rank, width)
+    if target.is_embedding:
+        a = jnp.zeros((*stacked, target.rank, d_in), jnp.float32)
+        return {"a": a, "b": jnp.swapaxes(rows, -1, -2)}
+    return {"a": rows, "b": jnp.zeros((*stacked, d_out, target.rank), jnp.float32)}
 
 
 def _layer_keys(key: jax.Array, count: int) -> jax.Array:
@@ -63,4 +63,4 @@ def _layer_keys(key: jax.Array, count: int) -> jax.Array:
 
 def _standard_normal(key: jax.Array, d: int, rank: int) -> jax.Array:
     del rank
-    return jax.random.normal(key, (d,))
+    return jax.random.normal(key, (d,), jnp.float32)

@@ -31,13 +31,13 @@ def he_uniform(key: jax.Array, d_in: int, rank: int) -> jax.Array:
 
 def gaussian(key: jax.Array, d_in: int, rank: int) -> jax.Array:
     """Normal of std 1/r: PEFT's "gaussian". Ranks are nested up to that factor."""
-    return jax.random.normal(key, (d_in,)) / rank
+    return jax.random.normal(key, (d_in,), jnp.float32) / rank
 
 
 def normal(key: jax.Array, d_in: int, rank: int) -> jax.Array:
     """Normal of std 0.02: as BERT and GPT-2 draw their own weights."""
     del rank
-    return 0.02 * jax.random.normal(key, (d_in,))
+    return 0.02 * jax.random.normal(key, (d_in,), jnp.float32)
 
 
 INITIALIZERS: dict[str, Initializer] = {

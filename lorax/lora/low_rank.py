@@ -54,6 +54,22 @@ def attend(query: jax.Array, branch: Branch) -> jax.Array:
     return h @ branch.a.astype(query.dtype)
 
 
+def rate_of(spec: Any, dropout: float | None, key: jax.Array | None) -> Any:
+    """The dropout rate: as given, or the spec's.
+
+    Raises:
+      LoraxError: a rate outside [0, 1), or a key without any rate (a mapping of scales has none).
+    """
+    if dropout is None:
+        dropout = getattr(spec, "dropout", None)
+    if dropout is None and key is not None:
+        raise LoraxError("a dropout key needs a rate: scales by path have none, so pass dropout=")
+    rate = dropout or 0.0
+    if not 0.0 <= rate < 1.0:
+        raise LoraxError(f"dropout={rate!r} is not in [0, 1)")
+    return rate
+
+
 def einsum_axes(equation: str, path: str) -> str:
     """The axes of the kernel in `x,kernel->y`: i, o or b, as `kernel_axes` has them.
 
@@ -88,7 +104,8 @@ def unsupported(path: str, layer: Any) -> LoraxError:
     """The error for a target whose layer has no low-rank path."""
     return LoraxError(
         f"{module_path(path)!r} is a {type(layer).__name__}, which has no low-rank path; "
-        "adapt a linear, einsum, embedding or (ungrouped) convolution layer, or use lorax.merge"
+        "adapt a linear, einsum, embedding or convolution layer (without groups, batch axes or "
+        "a mask), or use lorax.merge"
     )
 
 

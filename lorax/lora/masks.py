@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from lorax.errors import LoraxError
-from lorax.lora.paths import leaf_path, matches_ancestor
+from lorax.lora.paths import leaf_paths, matches_ancestor
 from lorax.lora.spec import LoraSpec
 
 
@@ -40,14 +40,15 @@ def mask_of(tree: Any, modules: Iterable[str]) -> Any:
     Raises:
       LoraxError: a name that matches nothing.
     """
-    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    paths = leaf_paths(tree)
     chosen: set[str] = set()
     for name in modules:
         found = {path for path in paths if matches_ancestor(name, path)}
         if not found:
-            raise LoraxError(f"module {name!r} matches nothing in the tree")
+            tops = ", ".join(dict.fromkeys(path.partition(".")[0] for path in paths))
+            raise LoraxError(f"module {name!r} matches nothing in the tree, which has: {tops}")
         chosen |= found
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaf_path(path) in chosen, tree)
+    return jax.tree.unflatten(jax.tree.structure(tree), [path in chosen for path in paths])
 
 
 def split(tree: Any, mask: Any) -> tuple[Any, Any]:

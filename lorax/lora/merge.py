@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lorax.errors import LoraxError
 from lorax.lora.adapter import LoraTree
 from lorax.lora.kernels import from_matrix, matrix_shape
-from lorax.lora.paths import leaf_path, leaves_by_path
+from lorax.lora.paths import leaf_paths, leaves_by_path
 from lorax.lora.spec import LoraSpec
 from lorax.lora.targets import kernel_axes
 
@@ -23,6 +23,8 @@ def scales_of(lora: LoraTree, scales: Scales) -> Mapping[str, Any]:
     """
     if isinstance(scales, LoraSpec):
         return {path: scales.scale(path) for path in lora}
+    if missing := [path for path in lora if path not in scales]:
+        raise LoraxError(f"no scale for the adapter's target {missing[0]!r} in the mapping")
     return scales
 
 
@@ -44,7 +46,8 @@ def merge(base: Any, lora: LoraTree, spec: Scales) -> Any:
       A pytree like `base`, each kernel in its own dtype.
 
     Raises:
-      LoraxError: a target of the adapter that is not in the base, or does not fit it.
+      LoraxError: a target of the adapter that is not in the base, does not fit it, or has no
+        scale.
 
     >>> base = {"w": jnp.zeros((3, 2))}
     >>> lora = {"w": {"a": jnp.ones((1, 3)), "b": jnp.ones((2, 1))}}
@@ -64,15 +67,16 @@ def _add(base: Any, lora: LoraTree, spec: Scales, sign: int) -> Any:
     rules = spec if isinstance(spec, LoraSpec) else LoraSpec()
     check_fit(base, lora, rules)
 
-    def leaf(key_path: tuple[Any, ...], kernel: jax.Array) -> jax.Array:
-        path = leaf_path(key_path)
+    def leaf(path: str, kernel: jax.Array) -> jax.Array:
         if path not in lora:
             return kernel
         axes = kernel_axes(path, kernel.shape, rules)
         change = delta(lora[path], sign * factors[path], kernel.shape, axes)
-        return (kernel.astype(change.dtype) + change).astype(kernel.dtype)
+        exact = jnp.promote_types(kernel.dtype, change.dtype)
+        return (kernel.astype(exact) + change.astype(exact)).astype(kernel.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, base)
+    leaves, structure = jax.tree.flatten(base)
+    return jax.tree.unflatten(structure, map(leaf, leaf_paths(base), leaves))
 
 
 def check_fit(base: Any, lora: LoraTree, spec: LoraSpec) -> None:

@@ -3,7 +3,8 @@
 Inside `jax.jit` the swap happens while tracing and costs nothing when the program runs.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,10 +44,12 @@ class LoraLayer(nnx.Module):
         """The low-rank path with its arrays."""
         return Branch(self.path, self.a[...], self.b[...], self.scale[...], self.rate, self.key)
 
-    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         """The layer's output with scale * B(A x) added."""
-        y = self.base(x, *args, **kwargs)
-        return y + _low_rank(self.base, x, self.branch, y.dtype)
+        if isinstance(self.base, nnx.Einsum) and (any(args) or kwargs.get("einsum_str")):
+            raise LoraxError(f"{self.path!r}: give the einsum to the layer, not to its call")
+        y = self.base(inputs, *args, **kwargs)
+        return y + _low_rank(self.base, inputs, self.branch, y.dtype)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """Of an embedding: logits over its rows, the adapter's share included."""
@@ -71,7 +74,7 @@ def _narrow(base: Any, branch: Branch) -> Any:
     inputs = base.kernel.shape[: -_outputs(base)]
     twin = nnx.clone(base)
     twin.kernel = nnx.Param(branch.a.T.reshape(*inputs, -1))
-    twin.bias = nnx.data(None)
+    twin.bias, twin.use_bias = nnx.data(None), False
     return twin
 
 
@@ -102,7 +105,7 @@ def adapt(
 
     Raises:
       LoraxError: a target that is not in the model, does not fit its layer, or is of a layer
-        without a low-rank path.
+        without a low-rank path; a key without a dropout rate.
 
     >>> from lorax.lora.adapter import init
     >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
@@ -112,45 +115,70 @@ def adapt(
     >>> bool((adapt(model, lora, spec)(x) == model(x)).all())
     True
     """
-    rate = dropout if dropout is not None else getattr(spec, "dropout", 0.0)
+    rate = low_rank.rate_of(spec, dropout, key)
     factors = scales_of(lora, spec)
     model = nnx.clone(model)
+    shared = [[list(map(str, path)) for path in group] for group in nnx.find_duplicates(model)]
     for path, pair in lora.items():
         branch = Branch(path, pair["a"], pair["b"], factors[path], rate, key)
-        model = _swap(model, branch)
+        model = _swap(model, branch, shared)
     return model
 
 
-def _swap(model: nnx.Module, branch: Branch) -> nnx.Module:
-    *parents, _ = branch.path.split(".")
-    owner = _walk(model, parents[:-1], branch.path)
-    layer = _walk(owner, parents[-1:], branch.path)
-    _check_layer(layer, branch)
+def _swap(model: nnx.Module, branch: Branch, shared: list[list[list[str]]]) -> nnx.Module:
+    *parents, leaf = branch.path.split(".")
+    layer = _walk(model, parents, branch.path)
+    axes = layer_axes(layer, branch.path)
+    _check_layer(layer, axes, branch)
     adapted = LoraLayer(layer, branch)
     if not parents:
         return adapted
-    if parents[-1].isdigit():
-        owner[int(parents[-1])] = adapted
-    elif isinstance(owner, dict):
-        owner[parents[-1]] = adapted
-    else:
-        setattr(owner, parents[-1], adapted)
+    for *owners, name in _aliases(shared, parents, leaf):
+        _set_child(_walk(model, owners, branch.path), name, adapted)
     return model
+
+
+def _aliases(shared: list[list[list[str]]], parents: list[str], leaf: str) -> list[list[str]]:
+    """Every path of a layer: a module may be called from several places."""
+    for group in shared:
+        if [*parents, leaf] in group:
+            names = [".".join(path) for path in group]
+            raise LoraxError(f"{names} are one array in different layers; use lorax.merge")
+    return next((group for group in shared if parents in group), [parents])
 
 
 def _walk(node: Any, names: list[str], path: str) -> Any:
     for name in names:
         try:
-            is_item = name.isdigit() or isinstance(node, dict)
-            node = node[int(name) if name.isdigit() else name] if is_item else getattr(node, name)
-        except (AttributeError, KeyError, IndexError, TypeError):
+            node = _child(node, name)
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
             raise LoraxError(f"the adapter's target {path!r} is not in the model") from None
     return node
 
 
-def _check_layer(layer: Any, branch: Branch) -> None:
-    rules = LoraSpec(kernel_axes={branch.path: layer_axes(layer, branch.path)})
+def _child(node: Any, name: str) -> Any:
+    if isinstance(node, Mapping):
+        return node[name] if name in node else node[int(name)]
+    return node[int(name)] if name.isdigit() else getattr(node, name)
+
+
+def _set_child(node: Any, name: str, child: nnx.Module) -> None:
+    if isinstance(node, Mapping):
+        node[name if name in node else int(name)] = child  # type: ignore[index]
+    elif name.isdigit():
+        node[int(name)] = child
+    else:
+        setattr(node, name, child)
+
+
+def _check_layer(layer: Any, axes: str, branch: Branch) -> None:
     kernel = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
+    if len(kernel.shape) != len(axes):
+        raise LoraxError(
+            f"{branch.path!r} of shape {kernel.shape} is stacked by a transform (nnx.vmap), "
+            "which adapt cannot see into; use lorax.merge"
+        )
+    rules = LoraSpec(kernel_axes={branch.path: axes})
     check_fit({branch.path: kernel[...]}, {branch.path: {"a": branch.a, "b": branch.b}}, rules)
 
 
@@ -166,8 +194,8 @@ def layer_axes(layer: Any, path: str) -> str:
         return low_rank.einsum_axes(layer.einsum_str, path)
     if isinstance(layer, nnx.LinearGeneral) and not layer.batch_axis:
         return "i" * len(layer.in_features) + "o" * len(layer.out_features)
-    if isinstance(layer, nnx.Conv) and layer.feature_group_count == 1:
-        return "i" * (len(layer.kernel.shape) - 1) + "o"
+    if isinstance(layer, nnx.Conv) and layer.feature_group_count == 1 and layer.mask is None:
+        return "i" * (len(layer.kernel_size) + 1) + "o"
     raise low_rank.unsupported(path, layer)
 
 
@@ -179,18 +207,11 @@ def kernel_axes(model: nnx.Module) -> dict[str, str]:
     {'kernel': 'iiio'}
     """
     found = {}
-    for path, layer in _layers(model):
-        axes = layer_axes(layer, path)
-        if axes != "io":
-            found[path] = axes
+    for parts, layer in nnx.iter_graph(model):
+        if not isinstance(layer, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv):
+            continue
+        path = ".".join([*map(str, parts), "kernel"])
+        with contextlib.suppress(LoraxError):  # no low-rank path: refused if it is a target
+            if (axes := layer_axes(layer, path)) != "io":
+                found[path] = axes
     return found
-
-
-def _layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-    for parts, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.LinearGeneral) and node.batch_axis:
-            continue
-        if isinstance(node, nnx.Conv) and node.feature_group_count != 1:
-            continue
-        if isinstance(node, nnx.Linear | nnx.LinearGeneral | nnx.Einsum | nnx.Conv):
-            yield ".".join([*map(str, parts), "kernel"]), node

@@ -27,11 +27,19 @@ def pad(lora: LoraTree, rank: int) -> LoraTree:
 
 
 def unpad(lora: LoraTree, ranks: Mapping[str, int]) -> LoraTree:
-    """The adapter cut back to each target's own rank: the inverse of `pad`."""
-    return {
-        path: {"a": pair["a"][..., : ranks[path], :], "b": pair["b"][..., : ranks[path]]}
-        for path, pair in lora.items()
-    }
+    """The adapter cut back to each target's own rank: the inverse of `pad`.
+
+    Raises:
+      LoraxError: a pair that `ranks` lacks, or that is of a lower rank.
+    """
+    return {path: _cut_pair(path, pair, ranks.get(path, 0)) for path, pair in lora.items()}
+
+
+def _cut_pair(path: str, pair: dict[str, jax.Array], rank: int) -> dict[str, jax.Array]:
+    have = pair["a"].shape[-2]
+    if not 1 <= rank <= have:
+        raise LoraxError(f"cannot cut {path!r} of rank {have} to rank {rank}; use 1 to {have}")
+    return {"a": pair["a"][..., :rank, :], "b": pair["b"][..., :rank]}
 
 
 def _pad_pair(path: str, pair: dict[str, jax.Array], rank: int) -> dict[str, jax.Array]:

@@ -4,6 +4,8 @@ import re
 from typing import Any
 
 import jax
+from flax import nnx
+from flax.core import meta
 
 LEAF_NAMES = frozenset({"kernel", "weight", "embedding", "w"})
 
@@ -16,15 +18,37 @@ def leaf_path(key_path: tuple[Any, ...]) -> str:
     >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     ['layers.0.query.kernel']
     """
-    names = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path]
-    if names and isinstance(key_path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
-        names.pop()  # an NNX Variable inside a State is a node round its array
-    return ".".join(names)
+    last = key_path[-1:]
+    if last and isinstance(last[0], jax.tree_util.GetAttrKey) and last[0].name == "value":
+        key_path = key_path[:-1]  # an NNX Variable inside a State is a node round its array
+    return _dotted(key_path)
+
+
+def _dotted(key_path: tuple[Any, ...]) -> str:
+    names = (getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in key_path)
+    return ".".join(map(str, names))
+
+
+def leaf_paths(tree: Any) -> list[str]:
+    """The dotted names of all leaves, in tree order.
+
+    The box that Flax puts round an array has no name of its own; a field called `value` has.
+    """
+    names: list[str] = []
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_box):
+        skip = 1 if _is_box(node) else 0
+        inner = jax.tree_util.tree_leaves_with_path(node)
+        names.extend(_dotted((*path, *below[skip:])) for below, _ in inner)
+    return names
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, nnx.Variable | meta.AxisMetadata)
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
     """All leaves of `tree` under their dotted names, in tree order."""
-    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def module_path(path: str) -> str:

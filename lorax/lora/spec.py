@@ -64,9 +64,8 @@ class LoraSpec:
         for name in ("targets", "exclude", "modules_to_save"):
             object.__setattr__(self, name, _as_names(name, getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern", "kernel_axes"):
-            object.__setattr__(self, name, _as_pairs(getattr(self, name)))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
+            object.__setattr__(self, name, _as_pairs(name, getattr(self, name)))
+        object.__setattr__(self, "layers", _as_indices(self.layers))
         _check(self)
 
     def rank_of(self, path: str) -> int:
@@ -87,8 +86,24 @@ def _first_match(pairs: tuple[tuple[str, Any], ...], path: str, default: Any) ->
     return next((value for pattern, value in pairs if matches(pattern, module)), default)
 
 
-def _as_pairs(value: Any) -> tuple[tuple[str, Any], ...]:
-    return tuple(value.items()) if isinstance(value, Mapping) else tuple(value)
+def _as_pairs(field: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    pairs = value.items() if isinstance(value, Mapping) else value
+    try:
+        named = tuple((pattern, chosen) for pattern, chosen in pairs)
+    except (TypeError, ValueError):
+        named = ((None, None),)
+    if not all(isinstance(pattern, str) and pattern for pattern, _ in named):
+        raise LoraxError(f"lora.{field}={value!r} is not a mapping from names to values")
+    return named
+
+
+def _as_indices(value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    is_list = isinstance(value, list | tuple | range)
+    if not is_list or not all(type(i) is int and i >= 0 for i in value):
+        raise LoraxError(f"lora.layers={value!r} is not a list of whole numbers from 0 (or null)")
+    return tuple(value)
 
 
 def _as_names(field: str, value: Any) -> tuple[str, ...]:
@@ -107,12 +122,13 @@ def _check(spec: LoraSpec) -> None:
         _check_alpha(f"lora.alpha_pattern[{pattern}]", alpha)
     if not spec.targets:
         raise LoraxError("lora.targets is empty; name at least one, such as 'qv'")
-    if spec.scaling not in SCALINGS:
-        raise LoraxError(f"lora.scaling={spec.scaling!r} is unknown; use {_options(SCALINGS)}")
-    if spec.init not in INITIALIZERS:
-        raise LoraxError(f"lora.init={spec.init!r} is unknown; use {_options(INITIALIZERS)}")
-    if not 0.0 <= spec.dropout < 1.0:
-        raise LoraxError(f"lora.dropout={spec.dropout} is not in [0, 1)")
+    _check_option("lora.scaling", spec.scaling, SCALINGS)
+    _check_option("lora.init", spec.init, INITIALIZERS)
+    if not _is_number(spec.dropout) or not 0.0 <= spec.dropout < 1.0:
+        raise LoraxError(f"lora.dropout={spec.dropout!r} is not in [0, 1)")
+    for pattern, axes in spec.kernel_axes:
+        if not isinstance(axes, str):
+            raise LoraxError(f"lora.kernel_axes[{pattern}]={axes!r} is not a string such as 'iio'")
     for pattern in _all_patterns(spec):
         try:
             re.compile(pattern)
@@ -131,9 +147,15 @@ def _check_rank(name: str, rank: Any) -> None:
 
 
 def _check_alpha(name: str, alpha: Any) -> None:
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
         raise LoraxError(f"{name}={alpha!r} is not a positive number")
 
 
-def _options(table: Mapping[str, Any]) -> str:
-    return " or ".join(repr(name) for name in table)
+def _check_option(name: str, value: Any, table: Mapping[str, Any]) -> None:
+    if not isinstance(value, str) or value not in table:
+        options = " or ".join(repr(option) for option in table)
+        raise LoraxError(f"{name}={value!r} is unknown; use {options}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

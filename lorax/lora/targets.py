@@ -20,6 +20,8 @@ MLP_NAMES = frozenset(
     {"up", "down", "gate", "up_proj", "down_proj", "gate_proj", "fc1", "fc2", "lin1", "lin2"}
     | {"c_fc", "wi", "wi_0", "wi_1", "w1", "w2", "w3"}
 )
+NOT_LINEAR = frozenset({"embedding", "bias", "scale"})  # of two axes where heads are split
+GROUPS = "groups: any of q k v o together, mlp, all-linear"
 HEAD_NAMES = frozenset({"head", "classifier", "score", "lm_head", "qa_outputs"})
 
 
@@ -72,12 +74,8 @@ def resolve(base: Any, spec: LoraSpec) -> dict[str, Target]:
 
 
 def _choose(paths: list[str], spec: LoraSpec) -> list[str]:
-    named = {path for name in _entries(spec.targets) for path in _named(name, paths)}
-    for pattern in spec.exclude:
-        excluded = {path for path in paths if matches(pattern, module_path(path))}
-        if not excluded:
-            raise LoraxError(f"lora.exclude={pattern!r} {_no_match(pattern, paths)}")
-        named -= excluded
+    named = {path for n in _entries(spec.targets) for path in _named("targets", n, paths)}
+    named -= {path for n in _entries(spec.exclude) for path in _named("exclude", n, paths)}
     if not named:
         raise LoraxError(f"lora.exclude={list(spec.exclude)} leaves no target of {spec.targets}")
     if spec.layers is not None:
@@ -100,7 +98,7 @@ def _entries(targets: Iterable[str]) -> list[str]:
     return entries
 
 
-def _named(name: str, paths: list[str]) -> list[str]:
+def _named(field: str, name: str, paths: list[str]) -> list[str]:
     linear = [path for path in paths if _is_linear(path)]
     last = {path: module_path(path).rpartition(".")[2] for path in linear}
     if name in ATTENTION_NAMES:
@@ -112,23 +110,20 @@ def _named(name: str, paths: list[str]) -> list[str]:
     else:
         found = [path for path in paths if matches(name, module_path(path))]
     if not found:
-        raise LoraxError(f"lora.targets={name!r} {_no_match(name, paths)}")
+        raise LoraxError(f"lora.{field}={name!r} {_no_match(name, paths)}; {GROUPS}")
     return found
 
 
 def _is_linear(path: str) -> bool:
     parts = path.split(".")
-    return parts[-1] != "embedding" and not HEAD_NAMES & set(parts)
+    return parts[-1] not in NOT_LINEAR and not HEAD_NAMES & set(parts)
 
 
 def _no_match(name: str, paths: list[str]) -> str:
     modules = list(dict.fromkeys(module_path(path).rpartition(".")[2] for path in paths))
     near = difflib.get_close_matches(name, modules, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return (
-        f"matches no kernel{hint}; modules here: {', '.join(modules) or 'none'}; "
-        "groups: any of q k v o together, mlp, all-linear"
-    )
+    return f"matches no kernel{hint}; modules here: {', '.join(modules) or 'none'}"
 
 
 def _check_patterns(chosen: list[str], spec: LoraSpec) -> None:

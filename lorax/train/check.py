@@ -20,6 +20,8 @@ def check_config(config: TrialConfig) -> None:
       LoraxError: naming the key, its value and what would be right.
     """
     get_task(config.task.name)
+    if not 0 <= config.seed < 2**32:
+        raise LoraxError(f"seed={config.seed} is not in [0, 2**32)")
     train, optimizer = config.train, config.optimizer
     _one_of("train.mode", train.mode, MODES)
     _one_of("train.precision", train.precision, PRECISIONS)
@@ -42,8 +44,6 @@ def check_config(config: TrialConfig) -> None:
         )
     if train.mode == "full" and train.base_dtype != "fp32":
         raise LoraxError("train.base_dtype=bf16 is for a frozen base; train.mode=full needs fp32")
-    if train.pad_rank and train.mode == "lora" and train.pad_rank < config.lora.rank:
-        raise LoraxError(f"train.pad_rank={train.pad_rank} is below lora.rank={config.lora.rank}")
     _check_optimizer(config)
 
 

@@ -80,6 +80,8 @@ class Loop:
         Args:
           bar: a progress bar with `update` and `set_postfix`.
         """
+        if self.progress.stopped_early:  # and killed before the result was written
+            return self.progress
         o = self.config.optimizer
         factor = lr_factor(o.schedule, self.total_steps, o.warmup_ratio)
         pending: tuple[int, float, jax.Array] | None = None
@@ -103,7 +105,7 @@ class Loop:
             if due:
                 pending = None
                 self._pause(due)
-                if self.progress.stopped_early:
+                if self.progress.stopped_early or self.progress.reason:
                     break
             clock = time.perf_counter()
         return self.progress
@@ -171,6 +173,8 @@ class Loop:
     def _pause(self, due: str) -> None:
         if due == "evaluation":
             self._evaluate()
+            if self.progress.reason:
+                return  # weights that are not finite are not worth going on from
         record = asdict(self.progress)
         self.checkpoints.save(self.progress.step, {"state": self.state, "best": self.best}, record)
 
@@ -178,8 +182,12 @@ class Loop:
         progress = self.progress
         metrics = evaluate_splits(self.setup, self.dataset, self.state.trainable, self.config)
         point = {"step": progress.step, "epoch": progress.step / self.batches_per_epoch}
-        self.tracker.log({"kind": "eval", **point, **metrics})
         name = self.dataset.task.metrics[0]
+        is_finite = math.isfinite(metrics[name])
+        self.tracker.log({"kind": "eval" if is_finite else "diverged", **point, **metrics})
+        if not is_finite:
+            progress.reason = f"the dev {name} is {metrics[name]} at step {progress.step}"
+            return
         progress.last = {**point, "metrics": metrics}
         is_better = progress.best is None or metrics[name] > progress.best["metrics"][name]
         if is_better:

@@ -61,17 +61,23 @@ def check_trial(config: TrialConfig) -> None:
     check_config(config)
     task = data.get_task(config.task.name)
     if config.train.mode == "lora":
-        model = abstract_model(config.model, task.num_outputs)
-        resolve(nnx.to_pure_dict(nnx.state(model)), spec_of(config.lora))
+        shapes, _ = _shapes(_items(config.model), task.num_outputs)
+        targets = resolve(shapes, spec_of(config.lora))
+        _check_padding(config, max(target.rank for target in targets.values()))
     _check_length(config)
     load_dataset(config.task, config.model, config.train.max_shapes)
-    model_items = tuple(dataclasses.asdict(config.model).items())
-    _check_weights(model_items, task.num_outputs, config.train.precision)
+    _check_weights(_items(config.model), task.num_outputs, config.train.precision)
+
+
+def _check_padding(config: TrialConfig, rank: int) -> None:
+    pad_rank = config.train.pad_rank
+    if pad_rank is not None and pad_rank < rank:
+        raise LoraxError(f"train.pad_rank={pad_rank} is below rank {rank} of the adapter")
 
 
 def _check_length(config: TrialConfig) -> None:
-    model = abstract_model(config.model, 1)
-    limit = model.encoder.config.max_length
+    outputs = data.get_task(config.task.name).num_outputs
+    _, limit = _shapes(_items(config.model), outputs)
     if config.task.max_length > limit:
         raise LoraxError(
             f"task.max_length={config.task.max_length} is above the {limit} positions of "
@@ -79,10 +85,21 @@ def _check_length(config: TrialConfig) -> None:
         )
 
 
+def _items(config: TaskConfig | ModelConfig) -> tuple[tuple[str, Any], ...]:
+    """A config as a hashable key of the caches below."""
+    return tuple(dataclasses.asdict(config).items())
+
+
+@lru_cache(maxsize=8)
+def _shapes(model: tuple[tuple[str, Any], ...], outputs: int) -> tuple[Any, int]:
+    """(shapes of the parameters, most positions) of a model, without its weights."""
+    abstract = abstract_model(ModelConfig(**dict(model)), outputs)
+    return nnx.to_pure_dict(nnx.state(abstract)), abstract.encoder.config.max_length
+
+
 def load_dataset(task: TaskConfig, model: ModelConfig, max_shapes: int) -> Dataset:
     """The task in the model's tokens; kept, so that a sweep tokenizes once."""
-    key = tuple(dataclasses.asdict(task).items())
-    return _load_dataset(key, model.source, model.revision, max_shapes)
+    return _load_dataset(_items(task), model.source, model.revision, max_shapes)
 
 
 @lru_cache(maxsize=4)

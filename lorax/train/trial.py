@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +53,27 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
     check_trial(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            _forget(directory)
         write_json(directory / "config.json", dataclasses.asdict(config))
-        return _train(config, directory, resume)
+        return _train(config, directory)
     except OSError as fault:
         place = fault.filename or directory
         raise LoraxError(f"cannot write {place}: {fault.strerror or fault}") from fault
 
 
-def _train(config: TrialConfig, directory: Path, resume: bool) -> Result:
+def _forget(directory: Path) -> None:
+    (directory / "result.json").unlink(missing_ok=True)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+
+
+def _train(config: TrialConfig, directory: Path) -> Result:
     reset_peak_rss()
     dataset = load_dataset(config.task, config.model, config.train.max_shapes)
     setup = prepare(config)
     checkpoints = Checkpoints(directory / "checkpoints")
     state = init_state(setup.trainable, hyper_of(config), setup.dropout_key)
-    state, best, progress = _restore(checkpoints, state, resume)
+    state, best, progress = _restore(checkpoints, state)
     trial = {**dataclasses.asdict(config), "trial_id": trial_id(config)}
     tracker = open_tracker(config.tracking, directory, trial, progress.step)
     loop = Loop(config, dataset, setup, checkpoints, tracker, state, best, progress)
@@ -82,9 +90,9 @@ def _train(config: TrialConfig, directory: Path, resume: bool) -> Result:
     return result
 
 
-def _restore(checkpoints: Checkpoints, state: State, resume: bool) -> tuple[State, Any, Progress]:
+def _restore(checkpoints: Checkpoints, state: State) -> tuple[State, Any, Progress]:
     initial = jax.tree.map(np.asarray, state.trainable)
-    found = checkpoints.restore({"state": state, "best": initial}) if resume else None
+    found = checkpoints.restore({"state": state, "best": initial})
     if found is None:
         return _own(state), initial, Progress()
     arrays, progress = found
