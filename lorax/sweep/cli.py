@@ -74,7 +74,7 @@ def at_the_door(call: Callable[[], T]) -> T:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its faults, instead of printing them
     try:
         return call()
-    except (LoraxError, HydraException, OmegaConfBaseException) as fault:
+    except (LoraxError, HydraException, OmegaConfBaseException, OSError) as fault:
         if SHOW_TRACEBACK:
             raise
         sys.exit(_report(fault))
@@ -84,9 +84,21 @@ def at_the_door(call: Callable[[], T]) -> T:
 
 
 def quiet_libraries() -> None:
-    """Hydra shows INFO of every library; of these only warnings matter."""
-    for name in ("absl", "jax", "orbax", "hydra._internal.core_plugins.basic_launcher"):
+    """Hydra shows INFO of every library; of these only warnings matter.
+
+    Orbax raises its errors, and logs each several times over besides (absl is its logger).
+    """
+    for name in ("jax", "orbax", "hydra._internal.core_plugins.basic_launcher"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(report: Any) -> None:
+    # When a write fails, those beside it report to Orbax's event loop, which is closed by then.
+    if str(report.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(report)
 
 
 def _report(fault: Exception) -> int:
@@ -101,6 +113,8 @@ def one_line(fault: Exception) -> str:
     """A fault of Hydra or OmegaConf as one line, with the keys that would be right."""
     if isinstance(fault, LoraxError):
         return str(fault)
+    if isinstance(fault, OSError) and not isinstance(fault, HydraException):  # Hydra's own writes
+        return f"cannot write {fault.filename or 'the output'}: {fault.strerror or fault}"
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     text = lines[0] if lines else type(fault).__name__
     key = getattr(fault, "full_key", None)
@@ -108,13 +122,19 @@ def one_line(fault: Exception) -> str:
     if unknown:
         return _unknown_key(key or unknown.group(1))
     text = text.rstrip(".")
+    if override := getattr(fault, "override", None):  # one that does not parse
+        return f"{override}: {_parse_error(lines)}"
     if key and key not in text:
         text = f"{key}: {text}"
     if options := _available(lines):
         return f"{text}; there are {', '.join(options)}"
-    if text.startswith("Error parsing override"):
-        return f"{text}: {lines[-2] if len(lines) > 2 else lines[-1]}"
     return text
+
+
+def _parse_error(lines: list[str]) -> str:
+    """What Hydra's message says besides the override itself and a link."""
+    said = [line for line in lines if not line.startswith(("Error parsing override", "See http"))]
+    return said[0] if said else "not a setting and its value"
 
 
 def _available(lines: list[str]) -> list[str]:
@@ -129,6 +149,8 @@ def _unknown_key(key: str) -> str:
     import difflib
 
     known = _known_keys()
+    if any(key.startswith(f"{name}.") for name in known):
+        return f"{key!r} is not there yet; to add an entry: +{key}=..."
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     group = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == group]

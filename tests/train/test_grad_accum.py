@@ -1,0 +1,63 @@
+import jax
+import numpy as np
+import pytest
+
+from lorax.train.step import example_losses, forward
+
+
+def moments(trial):
+    """The clipped gradient of a first step, as Adam's first moment holds it."""
+    return jax.tree.leaves(trial.state.opt_state[1].mu)
+
+
+def test_four_micro_batches_are_one_batch(bench):
+    off = {"clip_norm": None}
+    whole, parts = bench(optimizer=off), bench(optimizer=off, train={"grad_accum": 4})
+    batches = whole.batches()
+    assert min(batch["weights"].sum() for batch in batches) == 6  # of 16: 150 examples
+    for batch in batches:
+        whole.state, parts.state = whole.fresh(), parts.fresh()
+        assert parts.step(batch) == pytest.approx(whole.step(batch), rel=1e-6)
+        largest = max(np.abs(leaf).max() for leaf in moments(whole))
+        for expected, got in zip(moments(whole), moments(parts), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * largest)
+
+
+def test_the_gradient_is_that_of_the_mean_over_real_examples(bench):
+    trial = bench(optimizer={"clip_norm": None})
+    partial = next(batch for batch in trial.batches() if batch["weights"].sum() == 6)
+    program, frozen = trial.setup.program, trial.setup.frozen
+
+    def loss(trainable):
+        outputs = forward(program, trainable, frozen, partial)[:6]
+        return example_losses("classification", outputs, partial["labels"][:6]).mean()
+
+    expected = jax.tree.leaves(jax.jit(jax.grad(loss))(trial.state.trainable))
+    trial.step(partial)
+    largest = max(np.abs(leaf).max() for leaf in expected)
+    for want, got in zip(expected, moments(trial), strict=True):
+        np.testing.assert_allclose(got / 0.1, want, rtol=0, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("grad_accum", [1, 4])
+def test_the_loss_is_the_mean_over_real_examples(bench, grad_accum):
+    trial = bench(train={"grad_accum": grad_accum})
+    partial = next(batch for batch in trial.batches() if batch["weights"].sum() < 16)
+    outputs = trial.predict(partial)[:6]
+    expected = np.mean(example_losses("classification", outputs, partial["labels"][:6]))
+    assert trial.step(partial) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_filler_rows_have_no_gradient(bench):
+    trial = bench()
+    partial = next(batch for batch in trial.batches() if batch["weights"].sum() < 16)
+    trial.step(partial)
+    expected = moments(trial)
+    trial.state = trial.fresh()
+    other = {name: np.array(values) for name, values in partial.items()}
+    other["labels"][6:] = 1
+    other["input_ids"][6:] = 9
+    other["attention_mask"][6:] = 1
+    trial.step(other)
+    for want, got in zip(expected, moments(trial), strict=True):
+        np.testing.assert_array_equal(got, want)

@@ -1,0 +1,44 @@
+import jax
+import numpy as np
+
+from lorax.lora.paths import leaves_by_path
+from lorax.train.setup import load_dataset, prepare
+
+
+def trained(config):
+    leaves = leaves_by_path(prepare(config).trainable)
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+
+def draws(config):
+    """What is drawn at random: the rest starts at zero."""
+    return {path: leaf for path, leaf in trained(config).items() if leaf.any()}
+
+
+def test_the_seed_draws_the_adapter_the_head_and_the_dropout(world):
+    one, again, other = (world.trial(seed=seed) for seed in (1, 1, 2))
+    assert len(draws(one)) == 4 + 1  # A of q and v in two layers, the head's kernel
+    for path, leaf in draws(one).items():
+        np.testing.assert_array_equal(leaf, draws(again)[path])
+        assert not np.isclose(leaf, draws(other)[path]).any(), path
+    keys = [jax.random.key_data(prepare(config).dropout_key) for config in (one, again, other)]
+    assert (keys[0] == keys[1]).all() and (keys[0] != keys[2]).any()
+
+
+def test_ranks_targets_and_modes_start_from_the_same_numbers(world):
+    small = draws(world.trial(lora={"rank": 1}))
+    large = draws(world.trial(lora={"rank": 5, "targets": "qkvo", "alpha": 1.0}))
+    assert len(large) == 8 + 1
+    for path, leaf in small.items():
+        rows = large[path][:1] if path.endswith(".a") else large[path]
+        np.testing.assert_array_equal(leaf, rows)
+    head = "base.head.out.kernel"
+    for mode in ("head", "full"):
+        np.testing.assert_array_equal(trained(world.trial(train={"mode": mode}))[head], small[head])
+
+
+def test_a_sweep_reads_its_task_once(world):
+    first, second = world.trial(seed=1), world.trial(seed=2, lora={"rank": 1})
+    assert load_dataset(first.task, first.model, 1) is load_dataset(second.task, second.model, 1)
+    other = world.trial(task={"max_train_samples": 40})
+    assert len(load_dataset(other.task, other.model, 1).train) == 40
