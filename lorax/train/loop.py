@@ -175,7 +175,12 @@ class Loop:
             self._evaluate()
             if self.progress.reason:
                 return  # weights that are not finite are not worth going on from
-        record = asdict(self.progress)
+        spec = self.setup.spec
+        record = {
+            "progress": asdict(self.progress),
+            "costs": self.meter.record(),
+            "spec": asdict(spec) if spec else None,
+        }
         self.checkpoints.save(self.progress.step, {"state": self.state, "best": self.best}, record)
 
     def _evaluate(self) -> None:

@@ -5,12 +5,14 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+
+KEEP_STEPS = 512
 
 
 @dataclass
@@ -27,9 +29,33 @@ class Meter:
     """Costs of one trial, filled in by the loop."""
 
     shapes: dict[int, StepCost] = field(default_factory=dict)
+    earlier: dict[int, StepCost] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
     steps_by_length: dict[int, int] = field(default_factory=dict)
+    earlier_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed trial's costs are the whole trial's."""
+        return {
+            "shapes": {str(t): asdict(cost) for t, cost in self.shapes.items()},
+            "step_seconds": self.step_seconds[-KEEP_STEPS:],
+            "steps_by_length": {str(t): n for t, n in self.steps_by_length.items()},
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def restore(cls, record: dict[str, Any]) -> "Meter":
+        """The meter of a trial that goes on; programs compiled again cost again."""
+        meter = cls(earlier_seconds=record["seconds"], step_seconds=list(record["step_seconds"]))
+        meter.earlier = {int(t): StepCost(**cost) for t, cost in record["shapes"].items()}
+        meter.steps_by_length = {int(t): n for t, n in record["steps_by_length"].items()}
+        return meter
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time spent on the trial, in all its legs."""
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     def compile(self, length: int, jitted: Any, *args: Any) -> None:
         """Compile `jitted` for batches of `length` tokens, once, and keep its cost.
@@ -50,12 +76,14 @@ class Meter:
     def summary(self) -> dict[str, Any]:
         """The costs, for `result.json`."""
         steps = sum(self.steps_by_length.values())
-        flops = sum(self.shapes[t].flops * n for t, n in self.steps_by_length.items())
+        shapes = self.earlier | self.shapes
+        flops = sum(shapes[t].flops * n for t, n in self.steps_by_length.items())
+        compiled = [*self.earlier.values(), *self.shapes.values()]
         return {
             "seconds_per_step": float(np.median(self.step_seconds)) if self.step_seconds else None,
-            "seconds_total": time.perf_counter() - self.started,
-            "compile_seconds": sum(cost.compile_seconds for cost in self.shapes.values()),
-            "step_memory_bytes": max((c.memory_bytes for c in self.shapes.values()), default=0),
+            "seconds_total": self.seconds,
+            "compile_seconds": sum(cost.compile_seconds for cost in compiled),
+            "step_memory_bytes": max((cost.memory_bytes for cost in compiled), default=0),
             "flops_per_step": flops / steps if steps else None,
             "steps_by_length": {str(t): n for t, n in sorted(self.steps_by_length.items())},
             "peak_rss_bytes": peak_rss(),

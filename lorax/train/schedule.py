@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import optax
@@ -10,8 +11,9 @@ SCHEDULES = ("linear", "cosine", "constant")
 def lr_factor(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Learning rate as a share of its peak, by optimizer step (the first is 0).
 
-    Warm-up rises linearly from 0 over ceil-free `int(warmup_ratio * total_steps)` steps; then
-    `linear` falls to 0 at `total_steps`, `cosine` along half a wave, `constant` stays.
+    Warm-up rises linearly from 0 over `ceil(warmup_ratio * total_steps)` steps, as Hugging
+    Face's Trainer has it; then `linear` falls to 0 at `total_steps`, `cosine` along half a wave,
+    `constant` stays.
 
     >>> factor = lr_factor("linear", 10, 0.2)
     >>> [round(factor(step), 3) for step in (0, 1, 2, 6, 10)]
@@ -19,7 +21,7 @@ def lr_factor(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int
     """
     if name not in SCHEDULES:
         raise LoraxError(f"optimizer.schedule={name!r} is unknown; use one of {SCHEDULES}")
-    warmup = int(warmup_ratio * total_steps)
+    warmup = math.ceil(warmup_ratio * total_steps)
     rest = max(total_steps - warmup, 1)
     after = {
         "linear": optax.linear_schedule(1.0, 0.0, rest),

@@ -16,7 +16,7 @@ from lorax.errors import LoraxError
 from lorax.lora import count_bytes, unpad
 from lorax.tracking import finite, open_tracker
 from lorax.train.loop import Loop, Progress
-from lorax.train.measure import environment, reset_peak_rss
+from lorax.train.measure import Meter, environment, reset_peak_rss
 from lorax.train.results import read_result
 from lorax.train.setup import Dataset, Setup, check_trial, hyper_of, load_dataset, prepare
 from lorax.train.step import State, init_state
@@ -73,10 +73,10 @@ def _train(config: TrialConfig, directory: Path) -> Result:
     setup = prepare(config)
     checkpoints = Checkpoints(directory / "checkpoints")
     state = init_state(setup.trainable, hyper_of(config), setup.dropout_key)
-    state, best, progress = _restore(checkpoints, state)
+    state, best, progress, meter = _restore(checkpoints, state)
     trial = {**dataclasses.asdict(config), "trial_id": trial_id(config)}
     tracker = open_tracker(config.tracking, directory, trial, progress.step)
-    loop = Loop(config, dataset, setup, checkpoints, tracker, state, best, progress)
+    loop = Loop(config, dataset, setup, checkpoints, tracker, state, best, progress, meter)
     if progress.step:
         log.info("%s goes on from step %d of %d", directory, progress.step, loop.total_steps)
     with _bar(config, loop) as bar:
@@ -90,14 +90,15 @@ def _train(config: TrialConfig, directory: Path) -> Result:
     return result
 
 
-def _restore(checkpoints: Checkpoints, state: State) -> tuple[State, Any, Progress]:
+def _restore(checkpoints: Checkpoints, state: State) -> tuple[State, Any, Progress, Meter]:
     initial = jax.tree.map(np.asarray, state.trainable)
     found = checkpoints.restore({"state": state, "best": initial})
     if found is None:
-        return _own(state), initial, Progress()
-    arrays, progress = found
+        return _own(state), initial, Progress(), Meter()
+    arrays, record = found
     best = jax.tree.map(np.asarray, arrays["best"])
-    return arrays["state"], best, Progress(**progress)
+    progress, meter = Progress(**record["progress"]), Meter.restore(record["costs"])
+    return arrays["state"], best, progress, meter
 
 
 def _own(state: State) -> State:
@@ -106,7 +107,9 @@ def _own(state: State) -> State:
 
 
 def _bar(config: TrialConfig, loop: Loop) -> Any:
-    silent = None if config.tracking.kind != "none" else True
+    silent = (
+        True if config.tracking.kind == "none" else None
+    )  # None: silent where there is no terminal
     return tqdm(
         total=loop.total_steps,
         initial=loop.progress.step,
