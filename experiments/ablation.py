@@ -22,7 +22,7 @@ from lorax.sweep import at_the_door, config_of, register, run_trials
 from lorax.trial_id import trial_dir
 
 RANKS = (1, 2, 4, 8, 16)
-LEARNING_RATES = {"head": (3e-3, 1e-2), "lora": (1e-3, 3e-3), "full": (5e-5, 2e-4)}
+LEARNING_RATES = {"head": (3e-3, 1e-2), "lora": (2e-3, 6e-3), "full": (5e-5, 2e-4)}
 SEEDS = "0,1,2"
 
 
