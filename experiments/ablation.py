@@ -18,16 +18,21 @@ from hydra import compose, initialize_config_module
 
 from lorax.analysis.report import build_report, save_report
 from lorax.config import TrialConfig
+from lorax.errors import LoraxError
 from lorax.sweep import at_the_door, config_of, register, run_trials
 from lorax.trial_id import trial_dir
 
 RANKS = (1, 2, 4, 8, 16)
 LEARNING_RATES = {"head": (3e-3, 1e-2), "lora": (2e-3, 6e-3), "full": (5e-5, 2e-4)}
 SEEDS = "0,1,2"
+AXES = ("train.mode", "lora.rank", "optimizer.lr")
 
 
 def trials(overrides: Sequence[str]) -> list[TrialConfig]:
     """Every trial of the ablation: the reference rows first, then rank by rank."""
+    for item in overrides:
+        if item.partition("=")[0] in AXES:
+            raise LoraxError(f"{item!r} is an axis of the ablation; use experiments.finetune")
     shared = [item for item in overrides if not item.startswith("seed=")]
     asked = [item.removeprefix("seed=") for item in overrides if item.startswith("seed=")]
     seeds = (asked or [SEEDS])[-1].split(",")
@@ -49,7 +54,7 @@ def _trial(shared: Sequence[str], mode: str, rank: int | None, lr: float, seed: 
 
 def main(overrides: Sequence[str]) -> None:
     """Run what is not finished yet; print the table and where the report is."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     register()
     sweep = trials(overrides)
     run_trials(sweep)

@@ -15,7 +15,8 @@ from lorax.sweep.serial import run_and_tell
 def finetune(trial: TrialConfig) -> float | None:
     """Run a trial; the best value of the task's main metric, for a sweeper to maximise."""
     result = run_and_tell(trial)
-    return result["best"]["metrics"][result["metric"]] if result["best"] else None
+    is_finished = result["status"] == "finished"
+    return result["best"]["metrics"][result["metric"]] if is_finished else None
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,20 @@ class Checkpoints:
                 if not metadata:  # Orbax takes a damaged record for an empty one
                     raise ValueError("it does not say where training stood")
                 return _unflatten(flat, like), dict(metadata["progress"])
+            except (MemoryError, PermissionError):
+                raise
             except Exception as fault:  # any kind of damage, and Orbax has no common base class
                 reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-                path = self.directory / str(checkpoint.step)
-                log.warning("checkpoint %s is damaged and passed over: %s", path, reason)
-                self._manager.delete(checkpoint.step, missing_ok=True)
+                place = self._set_aside(checkpoint.step)
+                log.warning("checkpoint is damaged, set aside as %s: %s", place, reason)
         return None
+
+    def _set_aside(self, step: int) -> Path:
+        place = self.directory.with_name(f"damaged-checkpoint-{step}")
+        shutil.rmtree(place, ignore_errors=True)
+        (self.directory / str(step)).rename(place)
+        self._manager.reload()
+        return place
 
     def close(self) -> None:
         """Release Orbax's threads."""

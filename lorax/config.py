@@ -1,7 +1,7 @@
 """The schema of a trial: plain dataclasses, the only form of configuration the library sees.
 
 Hydra composes and type-checks against these classes; `OmegaConf.to_object` turns the result
-into instances at the door (`experiments/`), so nothing below ever holds a DictConfig.
+into instances at the door (`lorax/sweep/cli.py`), so nothing below ever holds a DictConfig.
 """
 
 from dataclasses import dataclass, field
@@ -103,7 +103,9 @@ class TrainConfig:
       batch_size: examples an optimizer step.
       grad_accum: micro-batches a step is computed in; divides `batch_size`.
       eval_batch_size: examples a forward pass of the evaluation.
-      precision: `fp32` or `bf16` compute; the trainable part and the optimizer stay fp32.
+      precision: `fp32` or `bf16` compute; the trainable part and the optimizer stay fp32. On a
+        GPU or TPU `fp32` products follow `jax_default_matmul_precision`, which is JAX's own
+        default unless you set it.
       base_dtype: storage of the frozen base, `fp32` or `bf16`.
       max_shapes: most sequence lengths that the step is compiled for.
       length_window: batches are drawn from shuffled windows of this many batches, sorted by
@@ -111,6 +113,7 @@ class TrainConfig:
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
         sweep over ranks; exact (the padding never receives a gradient). None: no padding.
       checkpoint_every: optimizer steps between checkpoints, besides one at each evaluation.
+      keep_checkpoints: keep them when the trial has ended; they hold eight times what is trained.
       eval_every: optimizer steps between evaluations; None: at the end of each epoch. The last
         step is evaluated in any case.
       early_stopping: end after this many evaluations without a better dev metric; None: never.
@@ -129,6 +132,7 @@ class TrainConfig:
     length_window: int = 8
     pad_rank: int | None = None
     checkpoint_every: int | None = None
+    keep_checkpoints: bool = False
     eval_every: int | None = None
     early_stopping: int | None = None
     log_every: int = 10
@@ -151,7 +155,7 @@ class TrackingConfig:
 
 @dataclass
 class TrialConfig:
-    """One training run. `lorax.sweep.trial_id` names its directory by a hash of this."""
+    """One training run. `lorax.trial_id` names its directory by a hash of this."""
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -10,6 +10,7 @@ from typing import Any
 from lorax.config import LoraConfig, TrialConfig
 
 ELSEWHERE = ("tracking", "sweep", "output_dir")
+NEVER_COUNT = ("checkpoint_every", "keep_checkpoints")
 
 
 def trial_id(config: TrialConfig) -> str:
@@ -24,6 +25,8 @@ def trial_id(config: TrialConfig) -> str:
     content = dataclasses.asdict(config)
     for name in ELSEWHERE:
         del content[name]
+    for name in NEVER_COUNT:
+        del content["train"][name]
     if config.train.mode != "lora":
         content["lora"] = dataclasses.asdict(LoraConfig())
         content["train"]["pad_rank"] = None

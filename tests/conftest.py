@@ -20,7 +20,13 @@ DEFAULTS: dict[str, Any] = {
     "model": {"name": "tiny", "dropout": 0.0},
     "lora": {"rank": 2, "alpha": 4.0},
     "optimizer": {"lr": 0.01},
-    "train": {"batch_size": 16, "eval_batch_size": 32, "max_shapes": 1, "max_steps": 4},
+    "train": {
+        "batch_size": 16,
+        "eval_batch_size": 32,
+        "max_shapes": 1,
+        "max_steps": 4,
+        "keep_checkpoints": True,
+    },
     "tracking": {"kind": "none"},
 }
 

@@ -1,14 +1,31 @@
-"""The launcher's face: Hydra only takes launchers from this namespace package."""
+"""The launcher's face: Hydra only takes launchers from this namespace package.
 
+Every Hydra application of an environment imports it, so lorax and JAX wait until it is used.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
 
-from lorax.sweep.launcher import SerialLauncher as _SerialLauncher
 
+class SerialLauncher(BasicLauncher):
+    """Trials one after another in this process; see `lorax.sweep.launcher`."""
 
-class SerialLauncher(_SerialLauncher):
-    """See `lorax.sweep.launcher`."""
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Check all trials, then run them under a progress bar."""
+        from lorax.sweep.launcher import launch
+
+        return launch(self._compose, super().launch, job_overrides, initial_job_idx)
+
+    def _compose(self, overrides: Sequence[str]) -> Any:
+        assert self.hydra_context is not None and self.config is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
 
 
 @dataclass

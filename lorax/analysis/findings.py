@@ -15,7 +15,7 @@ from lorax.analysis.groups import (
     short_names,
     varying_keys,
 )
-from lorax.analysis.results import LOWER_IS_BETTER, Sweep
+from lorax.analysis.results import Sweep, lower_is_better
 from lorax.analysis.statistics import anova, welch_interval
 from lorax.analysis.table import format_score, scale
 
@@ -70,6 +70,11 @@ def caveats(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
             lines.append(
                 "Alpha is the same at every rank, so the scale alpha / rank falls as rank grows."
             )
+    if any(group.value("train.pad_rank") for group in lora):
+        lines.append(
+            "Adapters are padded to one rank (train.pad_rank), so that ranks share a compiled "
+            "step: s/step and memory are those of the padded rank."
+        )
     if groups and min(len(group.trials) for group in groups) < 5:
         lines.append("Rows of fewer than five seeds have wide intervals and shaky deviations.")
     if len(_devices(sweep)) > 1:
@@ -96,7 +101,7 @@ def _across_ranks(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
     detail = f" ({setting})" if setting else ""
     if not others:
         return [f"Rank {best.rank}{detail} is the only rank: {_mean(best)}."]
-    extreme = "lowest" if best.metric in LOWER_IS_BETTER else "highest"
+    extreme = "lowest" if lower_is_better(best.metric) else "highest"
     sentences = [f"Rank {best.rank}{detail} has the {extreme} mean: {_mean(best)}."]
     if test := anova([choice.group.scores() for choice in choices]):
         verdict = (

@@ -5,14 +5,16 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorax.analysis.results import LOWER_IS_BETTER, Trial
+from lorax.analysis.results import Trial, lower_is_better
 from lorax.analysis.statistics import Summary, summarize
 
 MISSING = "\u2013"
 MODES = ("head", "lora", "full")
 CONTEXT = ("task.name", "model.name")
 
-_BOOKKEEPING = frozenset({"seed", "sweep", "output_dir"})
+_BOOKKEEPING = frozenset(
+    {"seed", "sweep", "output_dir", "train.checkpoint_every", "train.keep_checkpoints"}
+)
 _NAMED_BY = {
     "task.data_dir": "task.name",
     "model.source": "model.name",
@@ -91,7 +93,7 @@ class Group:
 
     def goodness(self) -> float:
         """The mean main metric at the best epoch, signed so that higher is better."""
-        sign = -1.0 if self.metric in LOWER_IS_BETTER else 1.0
+        sign = -1.0 if lower_is_better(self.metric) else 1.0
         return sign * self.summary().mean
 
 
@@ -168,9 +170,21 @@ def partition(groups: Iterable[Group], keys: Iterable[str]) -> list[list[Group]]
 
 
 def best_choices(groups: Iterable[Group], keys: Iterable[str]) -> list[Choice]:
-    """The best group for each combination of values of `keys`, by mean dev metric."""
+    """The best group for each combination of values of `keys`, by mean dev metric.
+
+    Only the groups with the smallest share of diverged trials are chosen from: the mean of a few
+    survivors is no recommendation.
+    """
     scored = [group for group in groups if group.trials]
-    return [Choice(max(p, key=Group.goodness), tuple(p)) for p in partition(scored, keys)]
+    return [Choice(_best(part), tuple(part)) for part in partition(scored, keys)]
+
+
+def _best(part: Sequence["Group"]) -> "Group":
+    def share_diverged(group: Group) -> float:
+        return len(group.diverged) / (len(group.diverged) + len(group.trials))
+
+    least = min(map(share_diverged, part))
+    return max((g for g in part if share_diverged(g) == least), key=Group.goodness)
 
 
 def display(group: Group, key: str) -> str:

@@ -9,7 +9,10 @@ from typing import Any
 
 from lorax.errors import LoraxError
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric is a loss, on whichever split (`loss_mismatched`)."""
+    return metric.partition("_")[0] in ("loss", "perplexity")
 
 
 @dataclass(frozen=True)

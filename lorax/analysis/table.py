@@ -16,7 +16,7 @@ from lorax.analysis.groups import (
     short_names,
     varying_keys,
 )
-from lorax.analysis.results import LOWER_IS_BETTER
+from lorax.analysis.results import lower_is_better
 from lorax.analysis.statistics import Summary
 
 TIMES = "\u00d7"
@@ -89,7 +89,7 @@ def tuned_choices(groups: Sequence[Group]) -> list[Choice]:
 
 def scale(metric: str) -> float:
     """GLUE's convention: scores are shown times 100, losses as they are."""
-    return 1.0 if metric in LOWER_IS_BETTER else 100.0
+    return 1.0 if lower_is_better(metric) else 100.0
 
 
 def format_score(value: float, metric: str) -> str:
@@ -180,7 +180,8 @@ def _result_entries(groups: Sequence[Group]) -> list[_Entry]:
 
 def _extra_metrics(groups: Sequence[Group]) -> list[str]:
     names = {name for group in groups for trial in group.trials for name in trial.metrics()}
-    return sorted(names - {group.metric for group in groups} - LOWER_IS_BETTER)
+    mains = {group.metric for group in groups}
+    return sorted(name for name in names - mains if not lower_is_better(name))
 
 
 def _extra_entry(name: str) -> _Entry:

@@ -37,8 +37,7 @@ def down(x: jax.Array, branch: Branch) -> jax.Array:
 
 def up(h: jax.Array, branch: Branch, out_shape: tuple[int, ...]) -> jax.Array:
     """Scale * B h: (..., r) -> (..., *out_shape)."""
-    h = h * jnp.asarray(branch.scale, h.dtype)
-    y = jnp.einsum("...r,or->...o", h, branch.b.astype(h.dtype))
+    y = jnp.einsum("...r,or->...o", h, (branch.b * branch.scale).astype(h.dtype))
     return y.reshape(*y.shape[:-1], *out_shape)
 
 
@@ -50,7 +49,7 @@ def embed(ids: jax.Array, branch: Branch, dtype: Any) -> jax.Array:
 
 def attend(query: jax.Array, branch: Branch) -> jax.Array:
     """The adapter's share of an embedding's logits: query (..., d) -> (..., vocabulary)."""
-    h = query @ branch.b.astype(query.dtype) * jnp.asarray(branch.scale, query.dtype)
+    h = query @ (branch.b * branch.scale).astype(query.dtype)
     return h @ branch.a.astype(query.dtype)
 
 
@@ -93,10 +92,9 @@ def einsum(x: jax.Array, equation: str, branch: Branch, shape: tuple[int, ...]) 
     rank = next(c for c in "rsuvwz" if c not in equation)
     r = branch.a.shape[-2]
     a = branch.a.reshape(*n_stacked, r, *n_into).astype(x.dtype)
-    b = branch.b.reshape(*n_stacked, *n_out, r).astype(x.dtype)
+    b = (branch.b * branch.scale).reshape(*n_stacked, *n_out, r).astype(x.dtype)
     hidden = "".join(c for c in output if c not in out) + rank
     h = jnp.einsum(f"{inputs},{stacked}{rank}{into}->{hidden}", x, a)
-    h = h * jnp.asarray(branch.scale, h.dtype)
     return jnp.einsum(f"{hidden},{stacked}{out}{rank}->{output}", h, b)
 
 

@@ -1,33 +1,36 @@
 """Hydra's basic launcher, with every trial checked before the first one trains."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.utils import JobReturn
 
 from lorax.sweep.cli import config_of
 from lorax.sweep.serial import check_trials, sweep_bar
 
+Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
 
-class SerialLauncher(BasicLauncher):
-    """Runs a sweep's trials one after another in this process, under a progress bar."""
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Compose and check all, then run all.
+def launch(
+    compose: Callable[[Sequence[str]], Any],
+    run: Launch,
+    job_overrides: Sequence[Sequence[str]],
+    initial_job_idx: int,
+) -> Sequence[JobReturn]:
+    """Compose and check all of a sweep's trials, then run them one after another.
 
-        Raises:
-          LoraxError: a trial that cannot run; nothing has been trained then.
-        """
-        check_trials([config_of(self._compose(overrides)) for overrides in job_overrides])
-        returns: list[JobReturn] = []
-        with sweep_bar(job_overrides) as bar:
-            for n, overrides in enumerate(bar):
-                returns += super().launch([overrides], initial_job_idx + n)
-        return returns
+    Args:
+      compose: from a job's overrides to its config.
+      run: Hydra's basic launcher.
+      job_overrides: what each job overrides.
+      initial_job_idx: number of the first job.
 
-    def _compose(self, overrides: Sequence[str]) -> Any:
-        assert self.hydra_context is not None and self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+    Raises:
+      LoraxError: a trial that cannot run; nothing has been trained then.
+    """
+    check_trials([config_of(compose(overrides)) for overrides in job_overrides])
+    returns: list[JobReturn] = []
+    with sweep_bar(job_overrides) as bar:
+        for n, overrides in enumerate(bar):
+            returns += run([overrides], initial_job_idx + n)
+    return returns

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -33,12 +32,14 @@ class Meter:
     step_seconds: list[float] = field(default_factory=list)
     steps_by_length: dict[int, int] = field(default_factory=dict)
     earlier_seconds: float = 0.0
+    earlier_compile_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed trial's costs are the whole trial's."""
         return {
-            "shapes": {str(t): asdict(cost) for t, cost in self.shapes.items()},
+            "shapes": {str(t): asdict(cost) for t, cost in (self.earlier | self.shapes).items()},
+            "compile_seconds": self.compile_seconds,
             "step_seconds": self.step_seconds[-KEEP_STEPS:],
             "steps_by_length": {str(t): n for t, n in self.steps_by_length.items()},
             "seconds": self.seconds,
@@ -47,14 +48,24 @@ class Meter:
     @classmethod
     def restore(cls, record: dict[str, Any]) -> "Meter":
         """The meter of a trial that goes on; programs compiled again cost again."""
-        meter = cls(earlier_seconds=record["seconds"], step_seconds=list(record["step_seconds"]))
+        meter = cls(
+            step_seconds=list(record["step_seconds"]),
+            earlier_seconds=record["seconds"],
+            earlier_compile_seconds=record["compile_seconds"],
+        )
         meter.earlier = {int(t): StepCost(**cost) for t, cost in record["shapes"].items()}
         meter.steps_by_length = {int(t): n for t, n in record["steps_by_length"].items()}
         return meter
 
     @property
+    def compile_seconds(self) -> float:
+        """Time spent compiling the step, in all legs up to their last checkpoint."""
+        now = sum(cost.compile_seconds for cost in self.shapes.values())
+        return self.earlier_compile_seconds + now
+
+    @property
     def seconds(self) -> float:
-        """Wall-clock time spent on the trial, in all its legs."""
+        """Wall-clock time spent on the trial, in all its legs up to their last checkpoint."""
         return self.earlier_seconds + time.perf_counter() - self.started
 
     def compile(self, length: int, jitted: Any, *args: Any) -> None:
@@ -78,12 +89,11 @@ class Meter:
         steps = sum(self.steps_by_length.values())
         shapes = self.earlier | self.shapes
         flops = sum(shapes[t].flops * n for t, n in self.steps_by_length.items())
-        compiled = [*self.earlier.values(), *self.shapes.values()]
         return {
             "seconds_per_step": float(np.median(self.step_seconds)) if self.step_seconds else None,
             "seconds_total": self.seconds,
-            "compile_seconds": sum(cost.compile_seconds for cost in compiled),
-            "step_memory_bytes": max((cost.memory_bytes for cost in compiled), default=0),
+            "compile_seconds": self.compile_seconds,
+            "step_memory_bytes": max((cost.memory_bytes for cost in shapes.values()), default=0),
             "flops_per_step": flops / steps if steps else None,
             "steps_by_length": {str(t): n for t, n in sorted(self.steps_by_length.items())},
             "peak_rss_bytes": peak_rss(),
@@ -104,6 +114,8 @@ def peak_rss() -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
@@ -117,8 +129,7 @@ def _peak_device() -> int | None:
 
 def environment() -> dict[str, Any]:
     """What the figures were measured on."""
-    import flax
-    import optax
+    from importlib.metadata import version
 
     device = jax.devices()[0]
     return {
@@ -127,9 +138,8 @@ def environment() -> dict[str, Any]:
         "devices": jax.device_count(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
+        **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        "lorax": version("lorax-flax"),
     }
 
 

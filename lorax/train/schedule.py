@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 
+import numpy as np
 import optax
 
 from lorax.errors import LoraxError
@@ -30,4 +31,5 @@ def lr_factor(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int
     }[name]
     rise = optax.linear_schedule(0.0, 1.0, max(warmup, 1))
     schedule = optax.join_schedules([rise, after], [warmup])
-    return lambda step: float(schedule(step))
+    table = np.asarray(schedule(np.arange(total_steps + 1)))
+    return lambda step: float(table[step])

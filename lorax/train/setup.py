@@ -14,7 +14,7 @@ from lorax import data
 from lorax.config import LoraConfig, ModelConfig, TaskConfig, TrialConfig
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, count_params, init, mask_of, pad, resolve, split, trainable_mask
-from lorax.models import abstract_model, load_model, resolve_source
+from lorax.models import abstract_model, load_config, load_model, resolve_source
 from lorax.train.check import check_config
 from lorax.train.optimizer import Hyper
 from lorax.train.step import Frozen, Program
@@ -118,8 +118,18 @@ def _load_dataset(
     dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
     lengths = np.concatenate([train.lengths, *(d.lengths for d in dev.values())])
     edges = data.bucket_lengths(lengths, max_shapes)
-    pad_id = tokenizer.token_to_id("[PAD]") or tokenizer.token_to_id("<pad>") or 0
-    return Dataset(task, train, dev, edges, pad_id)
+    return Dataset(task, train, dev, edges, _pad_id(tokenizer, source, revision))
+
+
+def _pad_id(tokenizer: Any, source: str, revision: str | None) -> int:
+    """The model's padding token; its vocabulary has to hold all of the tokenizer's."""
+    config = load_config(ModelConfig(source=source, revision=revision))
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise LoraxError(
+            f"model.source={source}: its tokenizer has {tokenizer.get_vocab_size()} tokens, but "
+            f"the model only {config.vocab_size}; they do not belong together"
+        )
+    return config.pad_token_id
 
 
 @lru_cache(maxsize=8)

@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 from lorax.checkpoint import Checkpoints, save_adapter, write_json
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
+from lorax.lock import locked
 from lorax.lora import count_bytes, unpad
 from lorax.tracking import finite, open_tracker
 from lorax.train.loop import Loop, Progress
 from lorax.train.measure import Meter, environment, reset_peak_rss
 from lorax.train.results import read_result
-from lorax.train.setup import Dataset, Setup, check_trial, hyper_of, load_dataset, prepare
+from lorax.train.setup import Setup, check_trial, hyper_of, load_dataset, prepare
 from lorax.train.step import State, init_state
 from lorax.trial_id import trial_dir, trial_id
 
@@ -30,9 +31,10 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
     """Train one trial, or go on with it, or return its result when it is finished.
 
     Everything is written under `<output_dir>/<sweep>/<trial id>`: `config.json`,
-    `metrics.jsonl`, `checkpoints/`, `adapter/` (the best evaluation's), and at the end
-    `result.json`. Killed at any moment and called again, a trial goes on from its last
-    checkpoint and ends with the same numbers.
+    `metrics.jsonl`, `checkpoints/`, and at the end `adapter/` (what was trained, as the best
+    evaluation saw it) and `result.json`, which make the checkpoints superfluous. Killed at any
+    moment and called again, a trial goes on from its last checkpoint and ends with the same
+    numbers.
 
     Args:
       config: the trial.
@@ -44,7 +46,7 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
 
     Raises:
       LoraxError: whatever `check_trial` refuses, before training; a directory that cannot be
-        written.
+        written, or in which another process runs this trial.
     """
     directory = trial_dir(config)
     if resume and (result := read_result(directory)):
@@ -53,10 +55,11 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
     check_trial(config)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            _forget(directory)
-        write_json(directory / "config.json", dataclasses.asdict(config))
-        return _train(config, directory)
+        with locked(directory):
+            if not resume:
+                _forget(directory)
+            write_json(directory / "config.json", dataclasses.asdict(config))
+            return _train(config, directory)
     except OSError as fault:
         place = fault.filename or directory
         raise LoraxError(f"cannot write {place}: {fault.strerror or fault}") from fault
@@ -85,8 +88,10 @@ def _train(config: TrialConfig, directory: Path) -> Result:
     adapter = directory / "adapter"
     adapter_bytes = _save_adapter(adapter, config, setup, loop.best, progress)
     result = _result(config, loop, adapter_bytes)
-    tracker.finish(result, adapter)
     write_json(directory / "result.json", result)
+    if not config.train.keep_checkpoints:
+        shutil.rmtree(checkpoints.directory, ignore_errors=True)
+    tracker.finish(result, adapter)
     return result
 
 
@@ -156,6 +161,3 @@ def _result(config: TrialConfig, loop: Loop, adapter_bytes: int) -> Result:
 def _base_bytes(setup: Setup) -> int:
     frozen, trained = setup.frozen.params["base"], setup.trainable["base"]
     return count_bytes(frozen) + count_bytes(trained.get("encoder", {}))
-
-
-__all__ = ["Dataset", "Result", "run_trial"]

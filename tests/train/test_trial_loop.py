@@ -1,9 +1,12 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from lorax.checkpoint import load_adapter
+from lorax.errors import LoraxError
 from lorax.train import run_trial
 from lorax.trial_id import trial_dir
 
@@ -92,3 +95,25 @@ def test_the_result_counts_parameters_and_costs(world, tmp_path):
     assert {name: result[name] for name in counts} == counts
     for cost in ("seconds_per_step", "flops_per_step", "step_memory_bytes", "peak_rss_bytes"):
         assert result[cost] > 0
+
+
+def test_checkpoints_go_when_the_trial_has_ended(world, tmp_path):
+    config = world.trial(tmp_path, train={"keep_checkpoints": False})
+    run_trial(config)
+    assert not (trial_dir(config) / "checkpoints").exists()
+    assert (trial_dir(config) / "adapter").exists()
+
+
+def test_one_process_at_a_time(world, tmp_path):
+    config = world.trial(tmp_path)
+    trial_dir(config).mkdir(parents=True)
+    hold = "import sys; from pathlib import Path; from lorax.lock import locked\n"
+    hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(trial_dir(config))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(LoraxError, match=f"another process .process {other.pid} on"):
+            run_trial(config)
+        other.kill()
+        other.wait()
+    assert run_trial(config)["status"] == "finished"  # a dead process holds nothing

@@ -123,5 +123,5 @@ def test_without_wandb_there_is_jsonl_alone(world, tmp_path, offline, kind):
     trial = world.trial(tmp_path, tracking={"kind": kind})
     run_trials([trial])
     assert {path.name for path in trial_dir(trial).iterdir()} == {
-        "adapter", "checkpoints", "config.json", "metrics.jsonl", "result.json",
+        "adapter", "checkpoints", "config.json", "lock", "metrics.jsonl", "result.json",
     }  # fmt: skip
