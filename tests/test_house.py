@@ -1,0 +1,62 @@
+"""Imports run one way; the table is CONTRIBUTING's."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BASICS = {"errors", "config"}
+MAY_IMPORT = {
+    "errors": set(),
+    "config": set(),
+    "lock": BASICS,
+    "trial_id": BASICS,
+    "tracking": BASICS,
+    "lora": BASICS,
+    "models": BASICS | {"lora"},
+    "data": BASICS,
+    "checkpoint": BASICS | {"lora"},
+    "train": BASICS | {"lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
+    "sweep": BASICS | {"trial_id", "train"},
+    "interop": BASICS | {"lora", "models"},
+    "analysis": BASICS | {"lora"},
+}
+HEAVY = {"torch", "transformers", "peft", "datasets"}  # peers and extras: never at import time
+
+
+def imports(path):
+    """Modules that a file names in its import statements, with whether it is at top level."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+            if node.module == "lorax":
+                names = [f"lorax.{alias.name}" for alias in node.names]
+        for name in names:
+            yield name, node in tree.body
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_imports_only_from_rooms_below(room):
+    place = ROOT / "lorax" / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    assert files
+    for path in files:
+        for name, _ in imports(path):
+            if name.startswith("lorax."):
+                assert name.split(".")[1] in MAY_IMPORT[room] | {room}, (path, name)
+
+
+def test_no_room_is_forgotten():
+    here = {p.stem for p in (ROOT / "lorax").iterdir() if p.suffix == ".py" or p.is_dir()}
+    assert here - {"__init__", "__pycache__"} == set(MAY_IMPORT)
+
+
+def test_peers_and_extras_are_never_imported_with_the_library():
+    for path in (ROOT / "lorax").rglob("*.py"):
+        for name, is_top_level in imports(path):
+            assert not (is_top_level and name.split(".")[0] in HEAVY), (path, name)
