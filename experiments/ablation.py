@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_module
 from lorax.analysis.report import build_report, save_report
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.sweep import at_the_door, config_of, register, run_trials
+from lorax.sweep import at_the_door, config_of, run_trials
 from lorax.trial_id import trial_dir
 
 RANKS = (1, 2, 4, 8, 16)
@@ -55,7 +55,6 @@ def _trial(shared: Sequence[str], mode: str, rank: int | None, lr: float, seed: 
 def main(overrides: Sequence[str]) -> None:
     """Run what is not finished yet; print the table and where the report is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    register()
     sweep = trials(overrides)
     run_trials(sweep)
     directory = trial_dir(sweep[0]).parent

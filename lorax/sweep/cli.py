@@ -55,7 +55,6 @@ def hydra_main(task: Callable[[TrialConfig], Any], config_name: str) -> None:
       task: gets each trial; its return value goes to the sweeper.
       config_name: the primary config in `conf/`.
     """
-    register()
 
     def job(config: DictConfig) -> Any:
         # SystemExit, unlike an exception, passes through Hydra without a report of its own
@@ -166,3 +165,6 @@ def _known_keys() -> list[str]:
 
     plain = OmegaConf.to_container(OmegaConf.structured(TrialConfig))
     return walk(plain, "")
+
+
+register()  # at import, so that a launcher's worker processes know both, too

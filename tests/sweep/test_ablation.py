@@ -2,13 +2,7 @@ import pytest
 
 from experiments.ablation import AXES, trials
 from lorax.errors import LoraxError
-from lorax.sweep import register
 from lorax.trial_id import trial_id
-
-
-@pytest.fixture(autouse=True)
-def schema():
-    register()
 
 
 def test_the_default_grid_is_every_rank_rate_and_seed_beside_its_references():
