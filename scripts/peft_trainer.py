@@ -146,7 +146,7 @@ def _adapted(base: Any, config: TrialConfig) -> Any:
     lora = config.lora
     options = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,
         use_rslora=lora.scaling == "rslora",
         target_modules=TARGETS[lora.targets],
     )
