@@ -42,16 +42,16 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Write a pytree of arrays (None allowed) and a JSON-able record of where it stands."""
         with _os_faults(self.directory):
-            record = {"progress": progress}
-            self._manager.save(step, _flatten(state), custom_metadata=record, overwrite=True)
+            metadata = {"record": record}
+            self._manager.save(step, _flatten(state), custom_metadata=metadata, overwrite=True)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest readable (state, progress); None when there is none.
+        """The newest readable (state, record); None when there is none.
 
-        A damaged checkpoint is passed over with a warning: an older one leads to the same
+        A damaged checkpoint is set aside with a warning: an older one leads to the same
         numbers, later.
 
         Args:
@@ -63,7 +63,7 @@ class Checkpoints:
                 metadata = self._manager.metadata(checkpoint.step).custom_metadata
                 if not metadata:  # Orbax takes a damaged record for an empty one
                     raise ValueError("it does not say where training stood")
-                return _unflatten(flat, like), dict(metadata["progress"])
+                return _unflatten(flat, like), dict(metadata["record"])
             except (MemoryError, PermissionError):
                 raise
             except Exception as fault:  # any kind of damage, and Orbax has no common base class
