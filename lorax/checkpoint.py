@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,21 @@ class Checkpoints:
         Args:
           like: a pytree of the structure and shapes that were saved.
         """
+        abstract = _abstract(_flatten(like))
+        return self._newest(lambda step: _unflatten(self._manager.load(step, abstract), like))
+
+    def restore_flat(self) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """The newest readable (leaves by path, record), whatever their structure and shapes."""
+        return self._newest(lambda step: jax.tree.map(np.asarray, self._manager.load(step)))
+
+    def _newest(self, load: Callable[[int], Any]) -> tuple[Any, dict[str, Any]] | None:
         for checkpoint in reversed(self._manager.checkpoints):
             try:
-                flat = self._manager.load(checkpoint.step, _abstract(_flatten(like)))
+                state = load(checkpoint.step)
                 metadata = self._manager.metadata(checkpoint.step).custom_metadata
                 if not metadata:  # Orbax takes a damaged record for an empty one
                     raise ValueError("it does not say where training stood")
-                return _unflatten(flat, like), dict(metadata["record"])
+                return state, dict(metadata["record"])
             except (MemoryError, PermissionError):
                 raise
             except Exception as fault:  # any kind of damage, and Orbax has no common base class

@@ -154,6 +154,56 @@ class TrackingConfig:
 
 
 @dataclass
+class HalvingConfig:
+    """Successive halving inside a pack; off unless `after` is set.
+
+    Attributes:
+      after: optimizer steps before the first cut, which is made at the first evaluation from
+        there on; the next ones at `eta` times as many steps each.
+      eta: one trial in `eta` goes on at each cut: the better ones by the best dev metric so far.
+    """
+
+    after: int | None = None
+    eta: int = 2
+
+
+@dataclass
+class MeshConfig:
+    """How a pack is spread over devices, of all machines that share the program.
+
+    Attributes:
+      trial: devices that trials are spread over; None: all that the other axes leave.
+      data: devices that the rows of a batch are spread over.
+      fsdp: devices that a large frozen base is cut over.
+    """
+
+    trial: int | None = None
+    data: int = 1
+    fsdp: int = 1
+
+
+@dataclass
+class SweepConfig:
+    """How trials are run together; nothing here changes a trial's numbers, save `halving`.
+
+    Attributes:
+      name: the directory, under `output_dir`, that the trials' directories lie in.
+      plan: print how the trials would be packed, with the predicted cost, instead of training.
+      memory_limit_gib: most memory a pack may take on a device; None: what the device reports.
+      max_trials: most trials in a pack.
+      lanes: trials computed side by side within a step; None lets the planner choose.
+    """
+
+    name: str = "default"
+    plan: bool = False
+    memory_limit_gib: float | None = None
+    max_trials: int = 64
+    lanes: int | None = None
+    halving: HalvingConfig = field(default_factory=HalvingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass
 class TrialConfig:
     """One training run. `lorax.trial_id` names its directory by a hash of this."""
 
@@ -163,6 +213,6 @@ class TrialConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 0
-    sweep: str = "default"
     output_dir: str = "outputs"

@@ -55,7 +55,8 @@ class Wandb:
     Args:
       config: project and entity.
       directory: the trial's; W&B's files go under it.
-      trial: the resolved config, and under `trial_id` and `sweep` the run's id and group.
+      trial: the resolved config, and under `trial_id` and `sweep.name` the run's id and
+        group.
     """
 
     def __init__(self, config: TrackingConfig, directory: Path, trial: dict[str, Any]):
@@ -67,7 +68,7 @@ class Wandb:
             entity=config.entity,
             id=trial["trial_id"],
             name=trial["trial_id"],
-            group=trial["sweep"],
+            group=trial["sweep"]["name"],
             job_type=trial["train"]["mode"],
             config=trial,
             dir=str(directory),

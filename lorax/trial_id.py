@@ -52,5 +52,10 @@ def _canonical(value: Any) -> Any:
 
 
 def trial_dir(config: TrialConfig) -> Path:
-    """`<output_dir>/<sweep>/<trial id>`."""
-    return Path(config.output_dir) / config.sweep / trial_id(config)
+    """`<output_dir>/<sweep.name>/<trial id>`."""
+    return sweep_dir(config) / trial_id(config)
+
+
+def sweep_dir(config: TrialConfig) -> Path:
+    """`<output_dir>/<sweep.name>`."""
+    return Path(config.output_dir) / config.sweep.name

@@ -29,12 +29,19 @@ from peft_trainer import PeftTrainer
 
 from lorax import data
 from lorax.checkpoint import write_json
-from lorax.config import ModelConfig, OptimizerConfig, TaskConfig, TrackingConfig, TrainConfig
+from lorax.config import (
+    ModelConfig,
+    OptimizerConfig,
+    SweepConfig,
+    TaskConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from lorax.config import TrialConfig as Trial
 from lorax.errors import LoraxError
 from lorax.interop import save_peft
 from lorax.train import check_trial, run_trial
-from lorax.train.loop import predict_all
+from lorax.train.evaluation import predict_all
 from lorax.train.metrics import evaluate
 from lorax.train.schedule import lr_factor
 from lorax.train.setup import Dataset, Setup, hyper_of, load_dataset, prepare
@@ -61,7 +68,7 @@ def trial(options: argparse.Namespace, seed: int) -> Trial:
         ),
         tracking=TrackingConfig("none"),
         seed=seed,
-        sweep=f"lorax-{options.task}",
+        sweep=SweepConfig(f"lorax-{options.task}"),
         output_dir=str(options.out),
     )
 

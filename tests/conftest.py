@@ -28,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
         "keep_checkpoints": True,
     },
     "tracking": {"kind": "none"},
+    "sweep": {"name": "tiny"},
 }
 
 
@@ -41,7 +42,7 @@ class World:
 
     def trial(self, output_dir: Path | str = "unused", **changes: Any) -> TrialConfig:
         """A short LoRA trial on SST-2; `train={"max_steps": 9}` and its like change fields."""
-        config = TrialConfig(output_dir=str(output_dir), sweep="tiny")
+        config = TrialConfig(output_dir=str(output_dir))
         config.task.data_dir, config.model.source = str(self.data_dir), str(self.source)
         for name, value in [*DEFAULTS.items(), *changes.items()]:
             part = getattr(config, name)
@@ -53,7 +54,7 @@ class World:
         """The same trial in Hydra's words."""
         words = [f"{group}.{k}={v}" for group in DEFAULTS for k, v in DEFAULTS[group].items()]
         words = [w for w in words if not w.startswith(("task.name", "tracking"))]
-        places = [f"output_dir={output_dir}", "sweep=tiny", f"task.data_dir={self.data_dir}"]
+        places = [f"output_dir={output_dir}", f"task.data_dir={self.data_dir}"]
         base = f"model.source={self.source}"
         flags = [word for word in more if word.startswith("-")]
         rest = [word for word in more if word not in flags]

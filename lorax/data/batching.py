@@ -58,7 +58,9 @@ def train_batches(
     """Cuts one epoch into batches; each example is in exactly one.
 
     The shuffled examples are cut into windows of `window` batches, sorted by length inside and
-    cut into batches, which are then shuffled. The last batch of the last window may be partial.
+    cut into batches, which are then shuffled by the epoch alone: at any step, trials of all seeds
+    have batches of like lengths, so that they can share a program. The last batch of the last
+    window may be partial.
 
     Args:
       lengths: tokens an example.
@@ -82,7 +84,7 @@ def train_batches(
     windows = [order[i : i + size] for i in range(0, len(order), size)]
     by_length = [w[np.argsort(lengths[w], kind="stable")] for w in windows]
     batches = [batch for w in by_length for batch in _cut(w, batch_size)]
-    return shuffled(batches, seed, epoch, 1)
+    return shuffled(batches, epoch, 1)
 
 
 def eval_batches(lengths: Sequence[int] | np.ndarray, batch_size: int) -> list[np.ndarray]:

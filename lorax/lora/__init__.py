@@ -8,6 +8,7 @@ from lorax.lora.merge import delta, merge, scales_of, unmerge
 from lorax.lora.nnx_model import LoraParam, adapt, kernel_axes
 from lorax.lora.pad import pad, unpad
 from lorax.lora.spec import LoraSpec
+from lorax.lora.stack import stack, union, unstack
 from lorax.lora.targets import Target, resolve
 
 __all__ = [
@@ -30,7 +31,10 @@ __all__ = [
     "resolve",
     "scales_of",
     "split",
+    "stack",
     "trainable_mask",
+    "union",
     "unmerge",
     "unpad",
+    "unstack",
 ]

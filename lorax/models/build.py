@@ -1,7 +1,8 @@
 """From a `ModelConfig` to a model: its config, its abstract shape, its weights."""
 
 import dataclasses
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,8 @@ def load_model(
 ) -> SequenceClassifier:
     """The model with the checkpoint's weights.
 
+    They are read once a process and shared, never copied, by all models of the same config.
+
     The head is drawn from `key` alone. With pooling `pooler` the checkpoint's pooler, and its
     output layer where that has `num_outputs` outputs, take the place of what was drawn; the other
     poolings feed the output layer other features than it was trained on, so theirs is fresh.
@@ -98,19 +101,45 @@ def load_model(
         jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2
     ):
         raise LoraxError("model.attention=cudnn needs a GPU and bf16 compute: take xla or einsum")
-    abstract = abstract_model(model, num_outputs, dtype=dtype, param_dtype=param_dtype)
+    folder = resolve_source(model.source, model.revision)
+    request = _Request(
+        tuple(dataclasses.asdict(model).items()),
+        num_outputs,
+        jnp.dtype(dtype),
+        jnp.dtype(param_dtype),
+        tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))),
+    )
+    graphdef, config, loaded = _load(request)
+    head = Head(config, num_outputs, pooling=model.pooling, rngs=nnx.Rngs(params=key))
+    params = _flatten({"head": nnx.to_pure_dict(nnx.state(head))})
+    return nnx.merge(graphdef, _unflatten(params | loaded))
+
+
+class _Request(NamedTuple):
+    """What decides the weights of a model; the files' times, so that new ones are read."""
+
+    model: tuple[tuple[str, Any], ...]
+    num_outputs: int
+    dtype: Any
+    param_dtype: Any
+    files: tuple[tuple[str, int], ...]
+
+
+@lru_cache(maxsize=2)
+def _load(request: _Request) -> tuple[Any, BertConfig, dict[str, jax.Array]]:
+    """(graph definition, architecture, the checkpoint's arrays); all trials share the arrays."""
+    model = ModelConfig(**dict(request.model))
+    dtypes = {"dtype": request.dtype, "param_dtype": request.param_dtype}
+    abstract = abstract_model(model, request.num_outputs, **dtypes)
     graphdef, state = nnx.split(abstract)
     wanted = _flatten(nnx.to_pure_dict(state))
     config = abstract.encoder.config
-    head = Head(config, num_outputs, pooling=model.pooling, rngs=nnx.Rngs(params=key))
-    params = _flatten({"head": nnx.to_pure_dict(nnx.state(head))})
     try:
         tensors = load_checkpoint(resolve_source(model.source, model.revision))
         loaded = convert(tensors, wanted, config.model_type, load_head=model.pooling == "pooler")
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
-    params |= {path: jnp.asarray(x, wanted[path].dtype) for path, x in loaded.items()}
-    return nnx.merge(graphdef, _unflatten(params))
+    return graphdef, config, {p: jnp.asarray(x, wanted[p].dtype) for p, x in loaded.items()}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

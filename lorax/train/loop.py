@@ -1,236 +1,182 @@
-"""The training loop of one trial: steps, evaluations, checkpoints."""
+"""The training loop: lanes in lockstep, their evaluations and checkpoints."""
 
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from lorax import data
-from lorax.checkpoint import Checkpoints
-from lorax.config import TrialConfig
-from lorax.tracking import Tracker
-from lorax.train.measure import Meter
-from lorax.train.metrics import evaluate
-from lorax.train.optimizer import Hyper
-from lorax.train.schedule import lr_factor
-from lorax.train.setup import Dataset, Setup, hyper_of
-from lorax.train.step import State, example_losses, predict, train_step
+from lorax.train.engine import Engine, HostBatch
+from lorax.train.evaluation import predict_split, score
+from lorax.train.lane import Lane
+from lorax.train.setup import Dataset
 
 
-@dataclass
-class Progress:
-    """Where a trial stands: what a checkpoint keeps besides arrays.
-
-    `epoch` and `position` (batches done in it) are the data position; with the seed they give
-    the next batch.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    position: int = 0
-    best: dict[str, Any] | None = None
-    last: dict[str, Any] | None = None
-    evaluations_since_best: int = 0
-    stopped_early: bool = False
-    reason: str | None = None
-
-    def advance(self, batches_per_epoch: int) -> None:
-        """Count one optimizer step."""
-        self.step += 1
-        self.epoch, self.position = divmod(self.step, batches_per_epoch)
+def _nothing(loop: "Loop") -> None:
+    del loop
 
 
-@dataclass
 class Loop:
-    """A trial while it runs.
+    """Trains lanes that share task, steps and batch size, from where they stand to their ends.
 
-    Attributes:
-      state: donated to every step, so it is replaced, never shared.
-      best: the trainable part at the best evaluation.
+    Args:
+      dataset: the lanes' own.
+      lanes: one, or several that an engine trains together.
+      engine: computes the lanes' steps.
+      step: optimizer steps done.
+      save: writes a checkpoint of everything.
+      end: takes a lane that is at its end, whichever that is.
+      judge: called after each evaluation; may end lanes, and replace `lanes` and `engine`.
     """
 
-    config: TrialConfig
-    dataset: Dataset
-    setup: Setup
-    checkpoints: Checkpoints
-    tracker: Tracker
-    state: State
-    best: Any
-    progress: Progress = field(default_factory=Progress)
-    meter: Meter = field(default_factory=Meter)
+    def __init__(
+        self,
+        dataset: Dataset,
+        lanes: Sequence[Lane],
+        engine: Engine,
+        *,
+        step: int,
+        save: Callable[["Loop"], None],
+        end: Callable[["Loop", Lane], None],
+        judge: Callable[["Loop"], None] = _nothing,
+    ):
+        self.dataset, self.lanes, self.engine = dataset, list(lanes), engine
+        self.step, self._save, self._end, self._judge = step, save, end, judge
+        self.train = lanes[0].config.train
+        self.batches_per_epoch = lanes[0].batches_per_epoch
+        self.total_steps = lanes[0].total_steps
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the training split."""
-        return math.ceil(len(self.dataset.train) / self.config.train.batch_size)
+    def alive(self) -> list[Lane]:
+        """The lanes that go on."""
+        return [lane for lane in self.lanes if lane.is_alive]
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole trial."""
-        train = self.config.train
-        return train.max_steps or train.epochs * self.batches_per_epoch
-
-    def run(self, bar: Any) -> Progress:
-        """Train from where the progress stands to the end.
+    def run(self, bar: Any) -> None:
+        """Train to the end.
 
         Args:
           bar: a progress bar with `update` and `set_postfix`.
         """
-        if self.progress.stopped_early:  # and killed before the result was written
-            return self.progress
-        o = self.config.optimizer
-        factor = lr_factor(o.schedule, self.total_steps, o.warmup_ratio)
-        pending: tuple[int, float, jax.Array] | None = None
+        self._end_lanes()  # killed after their last checkpoint, before their results
+        pending: tuple[int, list[float], jax.Array] | None = None
         clock = time.perf_counter()
-        for batch in self._batches():
-            hyper = hyper_of(self.config, factor(self.progress.step))
-            compiling = self._compile(hyper, batch)
-            self.state, loss = train_step(
-                self.setup.program, self.state, self.setup.frozen, hyper, batch
-            )
-            previous, pending = pending, (self.progress.step, float(hyper.lr), loss)
-            if previous and not self._settle(*previous, bar):
+        for batches in self._batches():
+            hypers = [lane.hyper(self.step) for lane in self.lanes]
+            cost, is_new = self.engine.compile(hypers, batches)
+            losses = self.engine.step(hypers, batches)
+            rates = [float(hyper.lr) for hyper in hypers]
+            previous, pending = pending, (self.step + 1, rates, losses)
+            if previous:
+                self._settle(*previous, bar)
+            if not self.alive():
                 break
-            self.progress.advance(self.batches_per_epoch)
+            self._advance(batches[0]["input_ids"].shape[1], cost, is_new)
             due = self._due()
-            if due and not self._settle(*pending, bar):
-                break
+            if due:
+                self._settle(*pending, bar)
             now = time.perf_counter()
-            if not compiling and previous:
-                self.meter.step_seconds.append(now - clock)
+            if previous and not is_new:
+                for lane in self.alive():
+                    lane.meter.add_step(now - clock)
             if due:
                 pending = None
                 self._pause(due)
-                if self.progress.stopped_early or self.progress.reason:
-                    break
+            if not self.alive():
+                break
             clock = time.perf_counter()
-        return self.progress
+        self._end_lanes(all_of_them=True)
 
-    def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """The batches still to come; a pure function of the seed and the position."""
-        train = self.config.train
-        encoded, dataset = self.dataset.train, self.dataset
-        while self.progress.step < self.total_steps:
-            epoch, position = self.progress.epoch, self.progress.position
-            order = data.train_batches(
-                encoded.lengths,
-                train.batch_size,
-                seed=self.config.seed,
-                epoch=epoch,
-                window=train.length_window,
-            )
-            for indices in order[position:]:
-                if self.progress.step >= self.total_steps:
+    def _batches(self) -> Iterator[list[HostBatch]]:
+        """Each lane's next batch, all padded alike; a pure function of seeds and step."""
+        encoded, train = self.dataset.train, self.train
+        while self.alive() and self.step < self.total_steps:
+            epoch, position = divmod(self.step, self.batches_per_epoch)
+            orders = {
+                seed: data.train_batches(
+                    encoded.lengths,
+                    train.batch_size,
+                    seed=seed,
+                    epoch=epoch,
+                    window=train.length_window,
+                )
+                for seed in {lane.config.seed for lane in self.lanes}
+            }
+            for n in range(position, self.batches_per_epoch):
+                if self.step >= self.total_steps:
                     return
-                size = train.batch_size
-                yield data.collate(encoded, indices, size, dataset.edges, dataset.pad_id)
+                chosen = {seed: order[n] for seed, order in orders.items()}
+                batches = collate_alike(self.dataset, chosen, train.batch_size)
+                yield [batches[lane.config.seed] for lane in self.lanes]
 
-    def _compile(self, hyper: Hyper, batch: dict[str, np.ndarray]) -> bool:
-        length = batch["input_ids"].shape[1]
-        is_new = length not in self.meter.shapes
-        args = (self.setup.program, self.state, self.setup.frozen, hyper, batch)
-        self.meter.compile(length, train_step, *args)
-        done = self.meter.steps_by_length
-        done[length] = done.get(length, 0) + 1
-        return is_new
+    def _advance(self, length: int, cost: Any, is_new: bool) -> None:
+        self.step += 1
+        for lane in self.alive():
+            lane.progress.advance(self.batches_per_epoch)
+            lane.meter.count(length, cost, is_new)
 
-    def _settle(self, step: int, lr: float, loss: jax.Array, bar: Any) -> bool:
-        """Wait for a step's loss and record it; False when it is not finite."""
-        value = float(loss)
-        number = step + 1
-        epoch = number / self.batches_per_epoch
+    def _settle(self, number: int, rates: list[float], losses: jax.Array, bar: Any) -> None:
+        """Wait for a step's losses and record them."""
+        values = np.ravel(np.asarray(losses))
+        for lane, lr, loss in zip(self.lanes, rates, values, strict=True):
+            if lane.is_alive:
+                lane.settle(number, lr, float(loss))
         bar.update(1)
-        if not math.isfinite(value):
-            self.progress.reason = f"the loss is {value} at step {number}"
-            self.tracker.log({"kind": "diverged", "step": number, "epoch": epoch, "loss": value})
-            return False
-        if number % self.config.train.log_every == 0 or number == 1:
-            bar.set_postfix(loss=f"{value:.3f}", **self._best_so_far())
-            self.tracker.log(
-                {"kind": "train", "step": number, "epoch": epoch, "loss": value, "lr": lr}
-            )
-        return True
+        if number % self.train.log_every == 0 or number == 1:
+            bar.set_postfix(self._postfix(values))
+        self._end_lanes()
 
-    def _best_so_far(self) -> dict[str, str]:
-        best = self.progress.best
-        name = self.dataset.task.metrics[0]
-        return {f"best {name}": f"{best['metrics'][name]:.3f}"} if best else {}
+    def _postfix(self, losses: np.ndarray) -> dict[str, str]:
+        shown = {"loss": f"{np.median(losses):.3f}"}
+        if len(self.lanes) > 1:
+            shown["trials"] = str(len(self.alive()))
+        best = max(lane.best_so_far() for lane in self.lanes)
+        return {**shown, f"best {self.lanes[0].metric}": f"{best:.3f}"} if best > -np.inf else shown
 
     def _due(self) -> str | None:
         """What the step just done is followed by: an evaluation, a checkpoint, or nothing."""
-        step, train = self.progress.step, self.config.train
-        every = train.eval_every or self.batches_per_epoch
-        if step % every == 0 or step == self.total_steps:
+        every = self.train.eval_every or self.batches_per_epoch
+        if self.step % every == 0 or self.step == self.total_steps:
             return "evaluation"
-        if train.checkpoint_every and step % train.checkpoint_every == 0:
+        if self.train.checkpoint_every and self.step % self.train.checkpoint_every == 0:
             return "checkpoint"
         return None
 
     def _pause(self, due: str) -> None:
-        if due == "evaluation":
+        if due == "evaluation" and self.alive():
             self._evaluate()
-            if self.progress.reason:
-                return  # weights that are not finite are not worth going on from
-        spec = self.setup.spec
-        record = {
-            "progress": asdict(self.progress),
-            "costs": self.meter.record(),
-            "spec": asdict(spec) if spec else None,
-        }
-        self.checkpoints.save(self.progress.step, {"state": self.state, "best": self.best}, record)
+            self._judge(self)
+        if any(not lane.progress.reason for lane in self.lanes):
+            self._save(self)  # weights that are not finite are not worth going on from
+        self._end_lanes()
 
     def _evaluate(self) -> None:
-        progress = self.progress
-        metrics = evaluate_splits(self.setup, self.dataset, self.state.trainable, self.config)
-        point = {"step": progress.step, "epoch": progress.step / self.batches_per_epoch}
-        name = self.dataset.task.metrics[0]
-        is_finite = math.isfinite(metrics[name])
-        self.tracker.log({"kind": "eval" if is_finite else "diverged", **point, **metrics})
-        if not is_finite:
-            progress.reason = f"the dev {name} is {metrics[name]} at step {progress.step}"
-            return
-        progress.last = {**point, "metrics": metrics}
-        is_better = progress.best is None or metrics[name] > progress.best["metrics"][name]
-        if is_better:
-            progress.best, progress.evaluations_since_best = progress.last, 0
-            self.best = jax.tree.map(np.asarray, self.state.trainable)
-            return
-        progress.evaluations_since_best += 1
-        patience = self.config.train.early_stopping
-        progress.stopped_early = bool(patience and progress.evaluations_since_best >= patience)
+        size = self.train.eval_batch_size
+        outputs = {
+            name: predict_split(self.engine.predict, self.dataset, encoded, size)
+            for name, encoded in self.dataset.dev.items()
+        }
+        for n, lane in enumerate(self.lanes):
+            if lane.is_alive:
+                own = {name: x[n] for name, x in outputs.items()}
+                metrics = score(self.dataset, own)
+                lane.evaluated(metrics, lambda n=n: self.engine.trainable(n))  # type: ignore[misc]
+
+    def _end_lanes(self, *, all_of_them: bool = False) -> None:
+        for lane in self.lanes:
+            if not lane.has_ended and (all_of_them or not lane.is_alive):
+                self._end(self, lane)
+                lane.has_ended = True
 
 
-def evaluate_splits(
-    setup: Setup, dataset: Dataset, trainable: Any, config: TrialConfig
-) -> dict[str, float]:
-    """Loss and metrics on every dev split.
-
-    Names of further splits carry their suffix: MNLI has `accuracy` and `accuracy_mismatched`.
-    """
-    results: dict[str, float] = {}
-    for n, (name, encoded) in enumerate(dataset.dev.items()):
-        suffix = "" if n == 0 else "_" + name.removeprefix("dev_")
-        outputs = predict_all(setup, dataset, encoded, trainable, config.train.eval_batch_size)
-        task = dataset.task
-        losses = example_losses(task.kind, outputs, encoded.labels)
-        metrics = evaluate(task.metrics, task.kind, outputs, encoded.labels)
-        metrics["loss"] = float(np.mean(losses))
-        results |= {metric + suffix: value for metric, value in metrics.items()}
-    return results
-
-
-def predict_all(
-    setup: Setup, dataset: Dataset, encoded: data.Encoded, trainable: Any, batch_size: int
-) -> np.ndarray:
-    """Model outputs for a whole split, (n, outputs), in the split's order."""
-    batches = data.eval_batches(encoded.lengths, batch_size)
-    outputs = []
-    for indices in batches:
-        batch = data.collate(encoded, indices, batch_size, dataset.edges, dataset.pad_id)
-        outputs.append(predict(setup.program, trainable, setup.frozen, batch)[: len(indices)])
-    order = np.argsort(np.concatenate(batches), kind="stable")
-    return np.concatenate(outputs)[order]
+def collate_alike(
+    dataset: Dataset, chosen: dict[int, np.ndarray], batch_size: int
+) -> dict[int, HostBatch]:
+    """Batches of the same shape: the smallest edge that holds all of the chosen examples."""
+    longest = max(int(dataset.train.lengths[indices].max()) for indices in chosen.values())
+    edge = dataset.edges[bisect_left(dataset.edges, longest)]
+    return {
+        key: data.collate(dataset.train, indices, batch_size, (edge,), dataset.pad_id)
+        for key, indices in chosen.items()
+    }

@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ KEEP_STEPS = 512
 
 @dataclass
 class StepCost:
-    """The compiled step of one batch shape, as XLA reports it."""
+    """The compiled step of one batch shape, as XLA reports it.
+
+    Attributes:
+      compile_seconds: of the program, however many lanes it computes.
+      flops: of one lane's step.
+      memory_bytes: arguments, results and temporaries of the whole program.
+    """
 
     compile_seconds: float
     flops: float
@@ -25,7 +31,11 @@ class StepCost:
 
 @dataclass
 class Meter:
-    """Costs of one trial, filled in by the loop."""
+    """Costs of one trial, filled in by the loop.
+
+    Attributes:
+      lanes: trials that the process trains together; time and compilation are shared evenly.
+    """
 
     shapes: dict[int, StepCost] = field(default_factory=dict)
     earlier: dict[int, StepCost] = field(default_factory=dict)
@@ -34,6 +44,7 @@ class Meter:
     earlier_seconds: float = 0.0
     earlier_compile_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+    lanes: int = 1
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed trial's costs are the whole trial's."""
@@ -66,23 +77,23 @@ class Meter:
     @property
     def seconds(self) -> float:
         """Wall-clock time spent on the trial, in all its legs up to their last checkpoint."""
-        return self.earlier_seconds + time.perf_counter() - self.started
+        return self.earlier_seconds + (time.perf_counter() - self.started) / self.lanes
 
-    def compile(self, length: int, jitted: Any, *args: Any) -> None:
-        """Compile `jitted` for batches of `length` tokens, once, and keep its cost.
+    def count(self, length: int, cost: StepCost, is_new: bool) -> None:
+        """Count a step on batches of `length` tokens; its program may have been compiled for it."""
+        compile_seconds = cost.compile_seconds / self.lanes if is_new else 0.0
+        if length not in self.shapes:
+            self.shapes[length] = replace(cost, compile_seconds=compile_seconds)
+        self.steps_by_length[length] = self.steps_by_length.get(length, 0) + 1
 
-        A later plain call with the same shapes finds the same executable.
-        """
-        if length in self.shapes:
-            return
-        start = time.perf_counter()
-        compiled = jitted.lower(*args).compile()
-        seconds = time.perf_counter() - start
-        memory = compiled.memory_analysis()
-        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        total = held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-        flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-        self.shapes[length] = StepCost(seconds, float(flops), int(total))
+    def add_step(self, seconds: float) -> None:
+        """Note how long a step took, without compilation: the trial's share of it."""
+        self.step_seconds.append(seconds / self.lanes)
+
+    def share(self, lanes: int) -> None:
+        """From now on so many trials share the process's time."""
+        self.earlier_seconds, self.started = self.seconds, time.perf_counter()
+        self.lanes = lanes
 
     def summary(self) -> dict[str, Any]:
         """The costs, for `result.json`."""
@@ -96,9 +107,32 @@ class Meter:
             "step_memory_bytes": max((cost.memory_bytes for cost in shapes.values()), default=0),
             "flops_per_step": flops / steps if steps else None,
             "steps_by_length": {str(t): n for t, n in sorted(self.steps_by_length.items())},
+            "lanes": self.lanes,
             "peak_rss_bytes": peak_rss(),
             "peak_device_bytes": _peak_device(),
         }
+
+
+def compile_cost(jitted: Any, *args: Any, lanes: int = 1) -> StepCost:
+    """Compile for the arguments' shapes; a later plain call finds the same executable.
+
+    Args:
+      jitted: a jitted function.
+      *args: its arguments.
+      lanes: how many lanes' steps the program's FLOPs are counted for.
+    """
+    start = time.perf_counter()
+    compiled = jitted.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+    return StepCost(seconds, float(flops) / lanes, program_bytes(compiled))
+
+
+def program_bytes(compiled: Any) -> int:
+    """Arguments, results and temporaries of a compiled program, aliased ones counted once."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return int(held - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def reset_peak_rss() -> None:

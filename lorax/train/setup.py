@@ -66,7 +66,7 @@ def check_trial(config: TrialConfig) -> None:
         _check_padding(config, max(target.rank for target in targets.values()))
     _check_length(config)
     load_dataset(config.task, config.model, config.train.max_shapes)
-    _check_weights(_items(config.model), task.num_outputs, config.train.precision)
+    load_model(config.model, task.num_outputs, key=jax.random.key(0), **_dtypes(config))
 
 
 def _check_padding(config: TrialConfig, rank: int) -> None:
@@ -132,11 +132,9 @@ def _pad_id(tokenizer: Any, source: str, revision: str | None) -> int:
     return config.pad_token_id
 
 
-@lru_cache(maxsize=8)
-def _check_weights(model: tuple[tuple[str, Any], ...], outputs: int, precision: str) -> None:
-    """Read the weights once a process, for the faults that only they show."""
-    config = ModelConfig(**dict(model))
-    load_model(config, outputs, key=jax.random.key(0), dtype=DTYPES[precision])
+def _dtypes(config: TrialConfig) -> dict[str, Any]:
+    train = config.train
+    return {"dtype": DTYPES[train.precision], "param_dtype": DTYPES[train.base_dtype]}
 
 
 def hyper_of(config: TrialConfig, factor: float = 1.0) -> Hyper:
@@ -156,8 +154,7 @@ def prepare(config: TrialConfig) -> Setup:
     """
     lora_key, head_key, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
     task, train = data.get_task(config.task.name), config.train
-    dtypes = {"dtype": DTYPES[train.precision], "param_dtype": DTYPES[train.base_dtype]}
-    model = load_model(config.model, task.num_outputs, key=head_key, **dtypes)
+    model = load_model(config.model, task.num_outputs, key=head_key, **_dtypes(config))
     graphdef, state = nnx.split(model)
     base = nnx.to_pure_dict(state)
     mode = config.train.mode

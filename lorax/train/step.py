@@ -111,13 +111,12 @@ def _accumulated(
     return jax.lax.scan(add, zero, (jnp.arange(n), micro))[0]
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="state")
-def train_step(
+def optimizer_step(
     program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: Batch
 ) -> tuple[State, jax.Array]:
     """One optimizer step: (new state, mean loss over the batch's real examples).
 
-    `state` is donated. Gradients exist for `state.trainable` alone.
+    Gradients exist for `state.trainable` alone.
     """
     stochastic = program.lora_dropout > 0 or program.model_dropout
     key = jax.random.wrap_key_data(state.key)
@@ -127,6 +126,14 @@ def train_step(
     grads = jax.tree.map(lambda g: g / count, grads)
     trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable, hyper)
     return State(trainable, opt_state, state.step + 1, state.key), loss / count
+
+
+@partial(jax.jit, static_argnames="program", donate_argnames="state")
+def train_step(
+    program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: Batch
+) -> tuple[State, jax.Array]:
+    """`optimizer_step`, compiled; `state` is donated."""
+    return optimizer_step(program, state, frozen, hyper, batch)
 
 
 @partial(jax.jit, static_argnames="program")

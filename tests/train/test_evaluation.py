@@ -6,7 +6,7 @@ import scipy.stats
 import sklearn.metrics
 
 from lorax import data
-from lorax.train.loop import evaluate_splits, predict_all
+from lorax.train.evaluation import evaluate_splits, predict_all
 
 
 def outputs_one_by_one(trial, encoded):

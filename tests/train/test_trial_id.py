@@ -54,7 +54,7 @@ def test_the_same_config_is_the_same_trial():
 
 
 @pytest.mark.parametrize(
-    "path", ["tracking.kind", "tracking.project", "sweep", "output_dir", *BOOKKEEPING]
+    "path", ["tracking.kind", "tracking.project", "sweep.name", "output_dir", *BOOKKEEPING]
 )
 def test_places_and_tracking_are_not(path):
     assert trial_id(changed(path)) == trial_id(TrialConfig())

@@ -1,0 +1,136 @@
+"""A trial's own side of the loop: where it stands, what it has reached, where it tells."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorax.config import TrialConfig
+from lorax.tracking import Tracker
+from lorax.train.measure import Meter
+from lorax.train.optimizer import Hyper
+from lorax.train.schedule import lr_factor
+from lorax.train.setup import Dataset, Setup, hyper_of
+
+
+@dataclass
+class Progress:
+    """Where a trial stands: what a checkpoint keeps besides arrays.
+
+    `epoch` and `position` (batches done in it) are the data position; with the seed they give
+    the next batch. `cut` says when, and after what comparison, halving ended the trial.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    best: dict[str, Any] | None = None
+    last: dict[str, Any] | None = None
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+    reason: str | None = None
+    cut: dict[str, Any] | None = None
+
+    def advance(self, batches_per_epoch: int) -> None:
+        """Count one optimizer step."""
+        self.step += 1
+        self.epoch, self.position = divmod(self.step, batches_per_epoch)
+
+
+@dataclass
+class Lane:
+    """A trial while it runs, alone or in a pack.
+
+    Attributes:
+      best: the trainable part at the best evaluation, on the host.
+      has_ended: its result is written; whatever is still computed in its place is nobody's.
+    """
+
+    config: TrialConfig
+    directory: Path
+    setup: Setup
+    dataset: Dataset
+    tracker: Tracker
+    best: Any
+    progress: Progress = field(default_factory=Progress)
+    meter: Meter = field(default_factory=Meter)
+    has_ended: bool = False
+
+    def __post_init__(self) -> None:
+        o = self.config.optimizer
+        self._factor = lr_factor(o.schedule, self.total_steps, o.warmup_ratio)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the trial goes on."""
+        p = self.progress
+        return not (self.has_ended or p.reason or p.stopped_early or p.cut)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the training split."""
+        return math.ceil(len(self.dataset.train) / self.config.train.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole trial."""
+        train = self.config.train
+        return train.max_steps or train.epochs * self.batches_per_epoch
+
+    @property
+    def metric(self) -> str:
+        """Name of the task's main metric."""
+        return self.dataset.task.metrics[0]
+
+    def hyper(self, step: int) -> Hyper:
+        """The optimizer's data at a step; the first is 0."""
+        return hyper_of(self.config, self._factor(step))
+
+    def settle(self, number: int, lr: float, loss: float) -> None:
+        """Record the loss of a step, counted from 1; one that is not finite ends the trial."""
+        point = {"step": number, "epoch": number / self.batches_per_epoch, "loss": loss}
+        if not math.isfinite(loss):
+            self.progress.reason = f"the loss is {loss} at step {number}"
+            self.tracker.log({"kind": "diverged", **point})
+        elif number % self.config.train.log_every == 0 or number == 1:
+            self.tracker.log({"kind": "train", **point, "lr": lr})
+
+    def evaluated(self, metrics: dict[str, float], trainable: Callable[[], Any]) -> None:
+        """Record an evaluation.
+
+        Args:
+          metrics: of `lorax.train.evaluation.score`.
+          trainable: gives what the trial trains, on the host; asked for a new best.
+        """
+        progress, value = self.progress, metrics[self.metric]
+        point = {"step": progress.step, "epoch": progress.step / self.batches_per_epoch}
+        is_finite = math.isfinite(value)
+        self.tracker.log({"kind": "eval" if is_finite else "diverged", **point, **metrics})
+        if not is_finite:
+            progress.reason = f"the dev {self.metric} is {value} at step {progress.step}"
+            return
+        progress.last = {**point, "metrics": metrics}
+        if progress.best is None or value > progress.best["metrics"][self.metric]:
+            progress.best, progress.evaluations_since_best = progress.last, 0
+            self.best = trainable()
+            return
+        progress.evaluations_since_best += 1
+        patience = self.config.train.early_stopping
+        progress.stopped_early = bool(patience and progress.evaluations_since_best >= patience)
+
+    def best_so_far(self) -> float:
+        """The best value of the main metric; minus infinity before the first evaluation."""
+        best = self.progress.best
+        return best["metrics"][self.metric] if best else -np.inf
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides arrays."""
+        spec = self.setup.spec
+        return {
+            "progress": asdict(self.progress),
+            "costs": self.meter.record(),
+            "spec": asdict(spec) if spec else None,
+        }
