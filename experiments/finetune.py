@@ -9,14 +9,12 @@ one cut short goes on, when the same command is given again.
 
 from lorax.config import TrialConfig
 from lorax.sweep import hydra_main
-from lorax.sweep.serial import run_and_tell
+from lorax.sweep.serial import objective, run_and_tell
 
 
 def finetune(trial: TrialConfig) -> float | None:
     """Run a trial; the best value of the task's main metric, for a sweeper to maximise."""
-    result = run_and_tell(trial)
-    is_finished = result["status"] == "finished"
-    return result["best"]["metrics"][result["metric"]] if is_finished else None
+    return objective(run_and_tell(trial))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,16 @@ from pathlib import Path
 from lorax.errors import LoraxError
 
 
+class BusyError(LoraxError):
+    """Another process holds the directory."""
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Hold a directory for this process; the system lets go of it when the process dies.
 
     Raises:
-      LoraxError: another process holds it.
+      BusyError: another process holds it.
     """
     try:
         import fcntl
@@ -26,7 +30,7 @@ def locked(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise LoraxError(
+            raise BusyError(
                 f"{directory} is being trained by another process ({holder}); wait, or stop it"
             ) from None
         file.truncate(0)

@@ -20,6 +20,9 @@ class Tracker(Protocol):
     def finish(self, summary: Record, adapter: Path | None) -> None:
         """The trial's end: its result and its adapter's folder."""
 
+    def close(self) -> None:
+        """Let go without an end: the trial goes on elsewhere."""
+
 
 class Jsonl:
     """`metrics.jsonl`: a line a record, each on disk when `log` returns.
@@ -46,6 +49,10 @@ class Jsonl:
     def finish(self, summary: Record, adapter: Path | None) -> None:
         """Close the file; results have a file of their own."""
         del summary, adapter
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
@@ -98,6 +105,10 @@ class Wandb:
             artifact = wandb.Artifact(f"adapter-{self._run.id}", type="adapter")
             artifact.add_dir(str(adapter))
             self._run.log_artifact(artifact)
+        self.close()
+
+    def close(self) -> None:
+        """End the run; the same trial goes on under the same id."""
         self._run.finish()
 
 
@@ -116,6 +127,11 @@ class Both:
         """Pass the end on."""
         for tracker in self._trackers:
             tracker.finish(summary, adapter)
+
+    def close(self) -> None:
+        """Close each."""
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def open_tracker(

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": BASICS,
     "checkpoint": BASICS | {"lora"},
     "train": BASICS | {"lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
-    "sweep": BASICS | {"trial_id", "train"},
+    "sweep": BASICS | {"lock", "trial_id", "tracking", "checkpoint", "lora", "data", "train"},
     "interop": BASICS | {"lora", "models"},
     "analysis": BASICS | {"lora"},
 }

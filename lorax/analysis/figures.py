@@ -67,7 +67,8 @@ def draw(groups: Sequence[Group]) -> list[Plot]:
             title = describe(context[0], [key for key in keys if key in CONTEXT])
             figures = (rank_figure, curves_figure, parameters_figure)
             drawn = (make(context, title) for make in figures)
-            plots += [Plot(p.name + suffix, p.figure, p.caption, p.alt) for p in drawn if p]
+            note = _about_cut(context)
+            plots += [Plot(p.name + suffix, p.figure, p.caption + note, p.alt) for p in drawn if p]
     return plots
 
 
@@ -337,6 +338,12 @@ def _legend(figure: Figure, *all_axes: Axes) -> None:
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 14) // width))
     handles = [entries[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def _about_cut(groups: Sequence[Group]) -> str:
+    if not any(group.cut and group.trials for group in groups):
+        return ""
+    return " Seeds that halving cut are left out, which biases the means upwards."
 
 
 def _where(title: str) -> str:

@@ -17,7 +17,7 @@ from lorax.analysis.groups import (
 )
 from lorax.analysis.results import Sweep, lower_is_better
 from lorax.analysis.statistics import anova, welch_interval
-from lorax.analysis.table import format_score, scale
+from lorax.analysis.table import format_score, lanes_of, scale, were_packed
 
 SIGNIFICANCE = 0.05
 
@@ -36,13 +36,15 @@ def findings(groups: Sequence[Group]) -> list[Finding]:
     compared = [key for key in keys if not is_tuned(key) and key not in {"train.mode", "lora.rank"}]
     found = []
     for context in partition(groups, [key for key in keys if key in CONTEXT]):
-        lora = [group for group in context if group.mode == "lora" and group.trials]
+        lora = [group for group in context if group.mode == "lora"]
         for variant in partition(lora, compared):
             choices = best_choices(variant, ["lora.rank"])
+            if not choices:
+                continue
             title = describe(variant[0], compared) or "Summary"
             tuned = [key for key in varying_keys(variant) if is_tuned(key)]
             sentences = (*_across_ranks(choices, tuned), *_references(choices, context))
-            found.append(Finding(title, sentences))
+            found.append(Finding(title, (*sentences, *_halved(choices, variant))))
     return found or [Finding("Summary", ("No LoRA trial has finished.",))]
 
 
@@ -75,7 +77,8 @@ def caveats(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
             "Adapters are padded to one rank (train.pad_rank), so that ranks share a compiled "
             "step: s/step and memory are those of the padded rank."
         )
-    if groups and min(len(group.trials) for group in groups) < 5:
+    lines += [*_halving_caveats(sweep, groups), *_packing_caveats(groups)]
+    if min((len(group.trials) for group in groups if group.has_row), default=5) < 5:
         lines.append("Rows of fewer than five seeds have wide intervals and shaky deviations.")
     if len(_devices(sweep)) > 1:
         lines.append("Trials ran on several devices: s/step compares only within one.")
@@ -173,6 +176,63 @@ def _grid_edges(choices: Sequence[Choice]) -> list[str]:
         f"The best learning rate of {_ranks(edges)} is an end of the grid: a wider one might "
         "change the order."
     ]
+
+
+def _halved(choices: Sequence[Choice], variant: Sequence[Group]) -> list[str]:
+    """What halving has taken from the comparison of ranks."""
+    thinned = [choice.group.rank for choice in choices if choice.group.cut]
+    compared = {choice.group.rank for choice in choices}
+    gone = sorted({group.rank for group in variant if group.cut} - compared)
+    sentences = []
+    if thinned:
+        sentences.append(
+            f"Halving cut seeds of {_ranks(thinned)}: those that are left did best, so the mean is "
+            "biased upwards, which no interval or test here allows for."
+        )
+    if gone:
+        sentences.append(f"No trial of {_ranks(gone)} outlived the halving: not compared here.")
+    return sentences
+
+
+def _halving_caveats(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
+    cut = sweep.with_status("cut")
+    if not cut:
+        return []
+    rows = [group for group in groups if group.has_row]
+    thinned = sum(bool(group.trials and group.cut) for group in rows)
+    gone = len(groups) - len(rows)
+    lines = [
+        f"Successive halving cut {len(cut)} of {len(sweep.trials)} trials by dev score. They are "
+        "in no mean: a score from before a trial's end is not evidence about its setting at full "
+        "length, and a setting that only starts slowly may have been cut."
+    ]
+    if thinned:
+        lines.append(
+            f"In {thinned} of {len(rows)} rows halving cut some of the seeds. A mean over the "
+            "surviving seeds alone is biased upwards, as they survived by their scores."
+        )
+    if gone:
+        name = "setting has" if gone == 1 else "settings have"
+        lines.append(f"{gone} {name} no row, as halving cut every trial: see Cut by halving.")
+    return lines
+
+
+def _packing_caveats(groups: Sequence[Group]) -> list[str]:
+    if not were_packed(groups):
+        return []
+    lanes = lanes_of(groups)
+    lines = [
+        "Trials ran in packs (lanes above 1): times are even shares of the pack's, so they are the "
+        "same for every rank in it, and memory is the whole pack's."
+    ]
+    if len(lanes) > 1:
+        *most, last = map(str, lanes)
+        kinds = "packed and unpacked trials" if lanes[0] == 1 else "packs of several sizes"
+        lines.append(
+            f"Costs of {kinds} stand in one table ({', '.join(most)} and {last} lanes): compare "
+            "times and memory only between rows of the same lanes."
+        )
+    return lines
 
 
 def _distinct(a: Group, b: Group) -> bool:

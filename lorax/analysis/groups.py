@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorax.analysis.results import Trial, lower_is_better
+from lorax.analysis.results import ENDED, Trial, lower_is_better
 from lorax.analysis.statistics import Summary, summarize
 
 MISSING = "\u2013"
@@ -15,6 +15,7 @@ CONTEXT = ("task.name", "model.name")
 _BOOKKEEPING = frozenset(
     {"seed", "sweep", "output_dir", "train.checkpoint_every", "train.keep_checkpoints"}
 )
+_BOOKKEEPING_PREFIXES = ("tracking.", "sweep.")
 _NAMED_BY = {
     "task.data_dir": "task.name",
     "model.source": "model.name",
@@ -43,16 +44,29 @@ class Group:
       trials: the finished ones with a main metric, by seed: what every mean is taken over.
       diverged: counted beside them, never averaged in.
       repeats: further trials of a seed already counted; left out, as they add no evidence.
+      cut: ended early by halving; counted like the diverged ones, for a score from before the
+        end is not evidence about the setting at full length.
     """
 
     trials: tuple[Trial, ...]
     diverged: tuple[Trial, ...] = ()
     repeats: tuple[Trial, ...] = ()
+    cut: tuple[Trial, ...] = ()
+
+    @property
+    def ended(self) -> tuple[Trial, ...]:
+        """All that is counted, a trial a seed."""
+        return self.trials + self.diverged + self.cut
+
+    @property
+    def has_row(self) -> bool:
+        """Whether tables show it: not when halving has cut every trial."""
+        return bool(self.trials or self.diverged)
 
     @property
     def example(self) -> Trial:
         """Any trial of the group, for what all of them share."""
-        return (self.trials + self.diverged)[0]
+        return self.ended[0]
 
     @property
     def mode(self) -> str:
@@ -103,7 +117,7 @@ class Choice:
 
     Attributes:
       group: the one chosen.
-      among: all that were compared, the chosen one included.
+      among: all that were tried: the chosen one, and those without a finished trial too.
     """
 
     group: Group
@@ -122,7 +136,7 @@ def group_trials(trials: Iterable[Trial]) -> list[Group]:
     """
     bundles: dict[Hashable, list[Trial]] = {}
     for trial in trials:
-        if trial.status != "unfinished":
+        if trial.status in ENDED:
             bundles.setdefault(_freeze(_settings(trial)), []).append(trial)
     groups = [group for bundle in bundles.values() if (group := _group(bundle)) is not None]
     keys = varying_keys(groups)
@@ -172,19 +186,19 @@ def partition(groups: Iterable[Group], keys: Iterable[str]) -> list[list[Group]]
 def best_choices(groups: Iterable[Group], keys: Iterable[str]) -> list[Choice]:
     """The best group for each combination of values of `keys`, by mean dev metric.
 
-    Only the groups with the smallest share of diverged trials are chosen from: the mean of a few
-    survivors is no recommendation.
+    Only the groups with the largest share of finished trials are chosen from: the mean of a few
+    survivors, of divergence or of halving, is no recommendation.
     """
-    scored = [group for group in groups if group.trials]
-    return [Choice(_best(part), tuple(part)) for part in partition(scored, keys)]
+    parts = partition(groups, keys)
+    return [Choice(_best(part), tuple(part)) for part in parts if any(g.trials for g in part)]
 
 
 def _best(part: Sequence["Group"]) -> "Group":
-    def share_diverged(group: Group) -> float:
-        return len(group.diverged) / (len(group.diverged) + len(group.trials))
+    def share_finished(group: Group) -> float:
+        return len(group.trials) / len(group.ended)
 
-    least = min(map(share_diverged, part))
-    return max((g for g in part if share_diverged(g) == least), key=Group.goodness)
+    most = max(map(share_finished, part))
+    return max((g for g in part if share_finished(g) == most), key=Group.goodness)
 
 
 def display(group: Group, key: str) -> str:
@@ -224,15 +238,19 @@ def _settings(trial: Trial) -> dict[str, Any]:
     return {
         key: value
         for key, value in trial.config.items()
-        if key not in _BOOKKEEPING and not key.startswith("tracking.") and applies(key, trial.mode)
+        if not _is_bookkeeping(key) and applies(key, trial.mode)
     }
+
+
+def _is_bookkeeping(key: str) -> bool:
+    return key in _BOOKKEEPING or key.startswith(_BOOKKEEPING_PREFIXES)
 
 
 def _group(bundle: Sequence[Trial]) -> Group | None:
     """None where nothing can be counted: finished trials without any metric."""
     counted: dict[Hashable, Trial] = {}
     repeats = []
-    for trial in sorted(bundle, key=lambda trial: (trial.status == "diverged", trial.id)):
+    for trial in sorted(bundle, key=lambda trial: (ENDED.index(trial.status), trial.id)):
         if trial.status == "finished" and not math.isfinite(trial.score()):
             continue
         seed = _freeze(trial.config.get("seed"))
@@ -241,9 +259,10 @@ def _group(bundle: Sequence[Trial]) -> Group | None:
         else:
             counted[seed] = trial
     ordered = sorted(counted.values(), key=lambda trial: (str(trial.config.get("seed")), trial.id))
-    finished = tuple(trial for trial in ordered if trial.status == "finished")
-    diverged = tuple(trial for trial in ordered if trial.status == "diverged")
-    return Group(finished, diverged, tuple(repeats)) if counted else None
+    finished, diverged, cut = (
+        tuple(trial for trial in ordered if trial.status == status) for status in ENDED
+    )
+    return Group(finished, diverged, tuple(repeats), cut) if counted else None
 
 
 def _varies(key: str, groups: Sequence[Group]) -> bool:

@@ -37,6 +37,7 @@ _COSTS = (
     "peak_rss_bytes",
     "flops_per_step",
     "adapter_bytes",
+    "lanes",
 )
 
 
@@ -88,17 +89,21 @@ def to_latex(table: Table, label: str) -> str:
 
 
 def to_csv(groups: Sequence[Group]) -> str:
-    """Every setting with raw numbers (metrics in [0, 1], bytes, seconds), for further analysis."""
+    """Every setting with raw numbers (metrics in [0, 1], bytes, seconds), for further analysis.
+
+    Those all of whose trials were cut have no row, as in the tables.
+    """
     keys = varying_keys(groups)
     stats = ("mean", "std", "median", "low", "high")
-    header = [*short_names(keys).values(), "finished", "diverged", "metric"]
+    header = [*short_names(keys).values(), "finished", "diverged", "cut", "metric"]
     header += [f"{epoch}_{stat}" for epoch in ("best", "last") for stat in stats]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*header, *_COSTS])
-    for group in groups:
+    for group in (group for group in groups if group.has_row):
         row = [format_value(group.value(key)) if group.has(key) else "" for key in keys]
-        row += [str(len(group.trials)), str(len(group.diverged)), group.metric]
+        row += [str(len(trials)) for trials in (group.trials, group.diverged, group.cut)]
+        row += [group.metric]
         summaries = [group.summary(epoch) for epoch in ("best", "last")]
         row += [_raw(getattr(summary, stat)) for summary in summaries for stat in stats]
         writer.writerow([*row, *(_raw(group.mean(key)) for key in _COSTS)])

@@ -1,6 +1,7 @@
 """A sweep's report: tables, figures and one self-contained page, made from disk alone."""
 
 import base64
+import math
 import os
 import re
 from collections import Counter
@@ -15,7 +16,15 @@ from lorax.analysis import figures, render
 from lorax.analysis.findings import Finding, caveats, findings
 from lorax.analysis.groups import Group, constant_settings, format_value, group_trials
 from lorax.analysis.results import Sweep, Trial, read_sweep
-from lorax.analysis.table import Column, Table, best_table, format_score, settings_table
+from lorax.analysis.table import (
+    Column,
+    Table,
+    best_table,
+    cut_table,
+    format_place,
+    format_score,
+    settings_table,
+)
 from lorax.errors import LoraxError
 
 MOST_NAMES = 12
@@ -30,6 +39,7 @@ class Report:
       groups: its ended trials by setting.
       settings: the table of all settings.
       best: the table of each rank at its best setting; None where there was nothing to choose.
+      cut: the trials that halving cut; None where it cut none.
       findings: the results in words.
       caveats: how far to trust them.
       warnings: files that could not be read and trials that were left out.
@@ -39,6 +49,7 @@ class Report:
     groups: tuple[Group, ...]
     settings: Table
     best: Table | None
+    cut: Table | None
     findings: tuple[Finding, ...]
     caveats: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -52,11 +63,13 @@ class Report:
 
     def tables(self) -> list[Table]:
         """The tables there are, the shortest statement first."""
-        return [table for table in (self.best, self.settings) if table is not None]
+        return [table for table in (self.best, self.settings, self.cut) if table is not None]
 
     def counts(self) -> list[str]:
-        """How many trials there are of each status; those that did not finish by name."""
-        lines = [f"{len(self.sweep.with_status('finished'))} of {len(self.sweep.trials)} finished"]
+        """How many trials there are of each status; those that did not end well by name."""
+        cut = len(self.sweep.with_status("cut"))
+        head = f"{len(self.sweep.with_status('finished'))} of {len(self.sweep.trials)} finished"
+        lines = [f"{head}, {cut} cut by halving" if cut else head]
         for status in ("diverged", "unfinished"):
             names = [trial.id for trial in self.sweep.with_status(status)]
             if names:
@@ -74,10 +87,10 @@ def build_report(sweep_dir: str | Path) -> Report:
     sweep = read_sweep(sweep_dir)
     groups = group_trials(sweep.trials)
     if not any(group.trials for group in groups):
+        counts = [f"{len(sweep.with_status(s))} {s}" for s in ("diverged", "unfinished", "cut")]
         raise LoraxError(
             f"{sweep.directory}: nothing to report, none of its {len(sweep.trials)} trials has "
-            f"finished ({len(sweep.with_status('diverged'))} diverged, "
-            f"{len(sweep.with_status('unfinished'))} unfinished); wait for one or resume the sweep"
+            f"finished ({', '.join(counts)}); wait for one or resume the sweep"
         )
     repeats = [
         f"{trial.id}: left out, another trial has the same setting and seed"
@@ -89,6 +102,7 @@ def build_report(sweep_dir: str | Path) -> Report:
         tuple(groups),
         settings_table(groups),
         best_table(groups),
+        cut_table(groups),
         tuple(findings(groups)),
         tuple(caveats(sweep, groups)),
         (*sweep.warnings, *repeats),
@@ -135,8 +149,8 @@ def _lines(*lines: str) -> str:
 
 
 def _latex(report: Report) -> str:
-    labels = {id(report.settings): "tab:settings", id(report.best): "tab:best"}
-    return "\n".join(render.to_latex(table, labels[id(table)]) for table in report.tables())
+    tables = {"tab:best": report.best, "tab:settings": report.settings, "tab:cut": report.cut}
+    return "\n".join(render.to_latex(table, label) for label, table in tables.items() if table)
 
 
 def _template(name: str) -> Any:
@@ -181,16 +195,21 @@ def _environment(trials: Sequence[Trial]) -> dict[str, str]:
 def _trial_row(trial: Trial, directory: Path) -> dict[str, str]:
     files = ("result.json", "config.json")
     path = next(trial.directory / f for f in files if (trial.directory / f).is_file())
-    status = trial.status
-    if trial.status == "diverged" and trial.result.get("reason"):
-        status = f"diverged: {trial.result['reason']}"
     return {
         "id": trial.id,
         "href": Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix(),
         "seed": format_value(trial.config.get("seed")),
-        "status": status,
+        "status": _status(trial),
         "score": format_score(trial.score(), trial.metric),
     }
+
+
+def _status(trial: Trial) -> str:
+    if trial.status == "diverged" and trial.result.get("reason"):
+        return f"diverged: {trial.result['reason']}"
+    if trial.status == "cut" and math.isfinite(step := trial.cut_number("step")):
+        return f"cut at step {step:.0f}, place {format_place(trial)}"
+    return trial.status
 
 
 def _data_uri(svg: Path) -> str:

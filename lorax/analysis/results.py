@@ -9,6 +9,8 @@ from typing import Any
 
 from lorax.errors import LoraxError
 
+ENDED = ("finished", "diverged", "cut")
+
 
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is a loss, on whichever split (`loss_mismatched`)."""
@@ -35,7 +37,7 @@ class Trial:
 
     @property
     def status(self) -> str:
-        """`finished`, `diverged` or `unfinished`."""
+        """`finished`, `diverged`, `cut` (by successive halving) or `unfinished`."""
         return str(self.result.get("status", "unfinished"))
 
     @property
@@ -48,9 +50,20 @@ class Trial:
         """The name of the main dev metric."""
         return str(self.result.get("metric", "metric"))
 
+    @property
+    def lanes(self) -> int:
+        """How many trials shared the program and its time; 1 for a trial alone."""
+        lanes = self.number("lanes")
+        return int(lanes) if math.isfinite(lanes) else 1
+
     def number(self, key: str) -> float:
         """A number of `result.json`; nan where it is absent."""
         return _number(self.result.get(key))
+
+    def cut_number(self, key: str) -> float:
+        """A number of how halving ended it (`step`, `place`, `of` ...); nan where it did not."""
+        cut = self.result.get("cut")
+        return _number(cut.get(key)) if isinstance(cut, Mapping) else math.nan
 
     def metrics(self, epoch: str = "best") -> Mapping[str, Any]:
         """All dev metrics at the `best` or the `last` epoch."""
@@ -78,13 +91,14 @@ class Sweep:
     warnings: tuple[str, ...] = ()
 
     def with_status(self, status: str) -> tuple[Trial, ...]:
-        """The trials that are `finished`, `diverged` or `unfinished`."""
+        """The trials whose `Trial.status` is this one."""
         return tuple(t for t in self.trials if t.status == status)
 
 
 def read_sweep(directory: str | Path) -> Sweep:
     """Reads every `<directory>/<trial id>/` that holds a `config.json`.
 
+    Other folders (`packs/`, `.submitit/`, a report) are no trials, and nothing is said of them.
     A file that cannot be read becomes a warning: without its config a trial is left out, without
     its result it counts as unfinished, and a bad line of its metrics is skipped.
 
@@ -112,10 +126,10 @@ def _read_trial(directory: Path, warn: Callable[[str], None]) -> Trial | None:
     if config is None:
         return None
     result = _read_object(directory / "result.json", warn) or {}
-    if result and result.get("status") not in {"finished", "diverged"}:
+    if result and result.get("status") not in ENDED:
         warn(
-            f"{directory.name}/result.json: status is {result.get('status')!r}, not 'finished' "
-            "or 'diverged'; the trial counts as unfinished"
+            f"{directory.name}/result.json: status is {result.get('status')!r}, none of "
+            f"{', '.join(ENDED)}; the trial counts as unfinished"
         )
         result = {}
     records = _read_lines(directory / "metrics.jsonl", warn)

@@ -1,4 +1,4 @@
-"""The table model, and the two tables of a sweep: every setting, and every rank at its best."""
+"""The table model, and a sweep's tables: every setting, every rank at its best, cut trials."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,11 +12,12 @@ from lorax.analysis.groups import (
     Group,
     best_choices,
     display,
+    format_value,
     is_tuned,
     short_names,
     varying_keys,
 )
-from lorax.analysis.results import lower_is_better
+from lorax.analysis.results import Trial, lower_is_better
 from lorax.analysis.statistics import Summary
 
 TIMES = "\u00d7"
@@ -54,32 +55,52 @@ _Entry = tuple[Column, Callable[[Group], Cell]]
 
 
 def settings_table(groups: Sequence[Group]) -> Table:
-    """One row a setting (trials that differ in their seed only), every setting of the sweep."""
-    entries = _setting_entries(groups) + _result_entries(groups) + _cost_entries()
-    return _build("All settings", entries, groups, _notes(groups))
+    """One row a setting (trials that differ in their seed only), but for those wholly cut."""
+    rows = [group for group in groups if group.has_row]
+    entries = _setting_entries(groups) + _result_entries(rows) + _cost_entries(groups)
+    return _build("All settings", entries, rows, (*_notes(rows), *_cost_notes(groups)))
 
 
 def best_table(groups: Sequence[Group]) -> Table | None:
     """One row a rank (and task, model, targets ...), each at its own best tuned setting.
 
-    None where no rank was tried at more than one setting: the settings table says it all.
+    None where no rank finished at more than one setting: the settings table says it all.
 
     Learning rate, alpha and the other tuned keys (`groups.is_tuned`) are chosen by the mean dev
     metric, so that a rank sweep does not merely measure how a rank takes to one learning rate.
     """
     choices = tuned_choices(groups)
-    if all(len(choice.among) == 1 for choice in choices):
+    if all(sum(bool(group.trials) for group in choice.among) == 1 for choice in choices):
         return None
     tried = {id(choice.group): len(choice.among) for choice in choices}
-    column = Column("tried", "settings of this rank among which the row is the best")
+    column = Column("tried", "settings tried for this rank, of which the row is the best")
     entry: _Entry = (column, lambda group: _count(tried[id(group)]))
     best = [choice.group for choice in choices]
-    entries = [*_setting_entries(groups), entry, *_result_entries(groups)]
+    entries = [*_setting_entries(groups), entry, *_result_entries(best)]
     note = (
         "Each row is the best of the settings tried for it, by mean dev metric: picked on the "
         "scores it is reported with, so optimistic, the more so the more were tried."
     )
     return _build("Each rank at its own best setting", entries, best, (note, *_notes(best)))
+
+
+def cut_table(groups: Sequence[Group]) -> Table | None:
+    """One row a trial that halving cut, with its setting; None where it cut none."""
+    if not any(group.cut for group in groups):
+        return None
+    settings = _setting_entries(groups)
+    name = Column("trial", "the name of its directory", numeric=False)
+    columns = (name, *(column for column, _ in settings), *_cut_columns(groups))
+    rows = tuple(
+        (Cell(trial.id), *(cell(group) for _, cell in settings), *_cut_cells(trial))
+        for group in groups
+        for trial in group.cut
+    )
+    note = (
+        "Halving ended these trials early; they are in no mean, and a setting all of whose trials "
+        "were cut is in this table only."
+    )
+    return Table("Cut by halving", columns, rows, (note,))
 
 
 def tuned_choices(groups: Sequence[Group]) -> list[Choice]:
@@ -107,6 +128,22 @@ def format_interval(summary: Summary, metric: str) -> str:
     if not math.isfinite(summary.low):
         return MISSING
     return f"[{format_score(summary.low, metric)}, {format_score(summary.high, metric)}]"
+
+
+def format_place(trial: Trial) -> str:
+    """Where a cut trial stood among those it was compared with: `7 of 8`."""
+    place, of = (_fixed(trial.cut_number(key), 0) for key in ("place", "of"))
+    return f"{place} of {of}"
+
+
+def lanes_of(groups: Sequence[Group]) -> list[int]:
+    """The `Trial.lanes` there are among the finished trials, whose costs are shown; ascending."""
+    return sorted({trial.lanes for group in groups for trial in group.trials})
+
+
+def were_packed(groups: Sequence[Group]) -> bool:
+    """Whether any trial shared its program, be it with ones that did not finish."""
+    return any(trial.lanes > 1 for group in groups for trial in group.ended)
 
 
 def main_metric(groups: Sequence[Group]) -> str:
@@ -167,7 +204,9 @@ def _result_entries(groups: Sequence[Group]) -> list[_Entry]:
         "the same metric after the last epoch, which no choice on the dev set has touched: "
         "mean ± sample standard deviation",
     )
-    seeds = Column("seeds", "trials that ended, one a seed; diverged ones are not in the means")
+    seeds = Column(
+        "seeds", "trials that ended, one a seed; those diverged or cut by halving are in no mean"
+    )
     return [
         (seeds, _seeds),
         (best, lambda group: _mean_std(group, "best", group.metric)),
@@ -189,7 +228,36 @@ def _extra_entry(name: str) -> _Entry:
     return Column(name.replace("_", " "), meaning), lambda group: _mean_std(group, "best", name)
 
 
-def _cost_entries() -> list[_Entry]:
+def _cut_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
+    unit = f" ({TIMES}100)" if any(scale(group.metric) == 100.0 for group in groups) else ""
+    return (
+        Column("seed", "the trial's seed"),
+        Column("cut at step", "the optimizer step at which halving ended the trial"),
+        Column(
+            "place",
+            "its place, by the best main dev metric so far, among the trials of its pack that were "
+            "compared, and how many of these went on",
+        ),
+        Column(f"{main_metric(groups)} so far", f"the best main dev metric{unit} up to the cut"),
+    )
+
+
+def _cut_cells(trial: Trial) -> tuple[Cell, ...]:
+    seed, went_on = trial.config.get("seed"), _fixed(trial.cut_number("goes_on"), 0)
+    place = f"{format_place(trial)} ({went_on} went on)"
+    return (
+        Cell(format_value(seed), seed if _is_number(seed) else None),
+        _number(trial.cut_number("step"), 0),
+        Cell(place, _sortable(trial.cut_number("place"))),
+        _score(trial.score(), trial.metric),
+    )
+
+
+def _cost_entries(groups: Sequence[Group]) -> list[_Entry]:
+    lanes: _Entry = (
+        Column("lanes", "trials that shared the program and its time; 1: a trial alone"),
+        _lanes,
+    )
     return [
         (
             Column("trainable", "trained parameters: adapter and head, or all"),
@@ -200,13 +268,22 @@ def _cost_entries() -> list[_Entry]:
             lambda group: _number(100 * _share(group), 2),
         ),
         (
-            Column("s/step", "median seconds of an optimizer step, compilation excluded"),
+            Column(
+                "s/step",
+                "median seconds of an optimizer step, compilation excluded; in a pack, the trial's "
+                "even share",
+            ),
             lambda group: _significant(group.mean("seconds_per_step")),
         ),
         (
-            Column("memory MiB", "arguments and temporaries of the compiled step (XLA's analysis)"),
+            Column(
+                "memory MiB",
+                "arguments and temporaries of the compiled step (XLA's analysis); in a pack, the "
+                "whole pack's",
+            ),
             lambda group: _number(group.mean("step_memory_bytes") / MIB, 0),
         ),
+        *([lanes] if were_packed(groups) else []),
     ]
 
 
@@ -217,9 +294,32 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
             "Diverged trials are counted under seeds and left out of every mean, which flatters "
             "a row that has some."
         )
+    if any(group.cut for group in groups):
+        notes.append(
+            "Trials that halving cut are counted under seeds and left out of every mean, which is "
+            "then over the seeds that did best: biased upwards."
+        )
     if any(len(group.trials) == 1 for group in groups):
         notes.append(f"A row of one seed has no deviation and no interval ({MISSING}).")
     return tuple(notes)
+
+
+def _cost_notes(groups: Sequence[Group]) -> tuple[str, ...]:
+    if not were_packed(groups):
+        return ()
+    note = (
+        "Where lanes is above 1, trials ran in a pack: s/step is an even share of the pack's, "
+        "memory is the whole pack's"
+    )
+    is_mixed = len(lanes_of(groups)) > 1
+    return (f"{note}; costs do not compare across lanes." if is_mixed else f"{note}.",)
+
+
+def _lanes(group: Group) -> Cell:
+    lanes = lanes_of([group])
+    if not lanes:
+        return Cell(MISSING, -math.inf)
+    return Cell(f"{lanes[0]}\u2013{lanes[-1]}" if len(lanes) > 1 else str(lanes[0]), lanes[-1])
 
 
 def _share(group: Group) -> float:
@@ -228,8 +328,9 @@ def _share(group: Group) -> float:
 
 
 def _seeds(group: Group) -> Cell:
-    ended, diverged = len(group.trials) + len(group.diverged), len(group.diverged)
-    return Cell(f"{ended} ({diverged} diverged)" if diverged else str(ended), ended)
+    ended, lost = len(group.ended), (("diverged", group.diverged), ("cut", group.cut))
+    parts = [f"{len(trials)} {status}" for status, trials in lost if trials]
+    return Cell(f"{ended} ({', '.join(parts)})" if parts else str(ended), ended)
 
 
 def _mean_std(group: Group, epoch: str, metric: str) -> Cell:

@@ -54,18 +54,20 @@ def stack(trees: Sequence[Any], like: Any) -> Any:
     def leaf(path: tuple[Any, ...], want: Any) -> np.ndarray:
         name = leaf_path(path)
         stacked = np.zeros((len(trees), *want.shape), want.dtype)
-        for row, leaves in zip(stacked, flat, strict=True):
+        for n, leaves in enumerate(flat):
             if name in leaves:
-                _put(row, np.asarray(leaves[name]), name)
+                value = np.asarray(leaves[name])
+                _check_fit(name, value.shape, want.shape)
+                corner = tuple(slice(size) for size in value.shape)
+                stacked[n : n + 1][(slice(None), *corner)] = value
         return stacked
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 
 
-def _put(row: np.ndarray, value: np.ndarray, name: str) -> None:
-    if value.ndim != row.ndim or any(n > m for n, m in zip(value.shape, row.shape, strict=True)):
-        raise LoraxError(f"{name!r} of shape {value.shape} does not fit into {row.shape}")
-    row[tuple(slice(n) for n in value.shape)] = value
+def _check_fit(name: str, shape: tuple[int, ...], room: tuple[int, ...]) -> None:
+    if len(shape) != len(room) or any(n > m for n, m in zip(shape, room, strict=True)):
+        raise LoraxError(f"{name!r} of shape {shape} does not fit into {room}")
 
 
 def unstack(stacked: Any, index: int, like: Any) -> Any:

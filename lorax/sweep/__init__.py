@@ -1,6 +1,15 @@
 """Many trials: from Hydra's overrides to a directory of results."""
 
 from lorax.sweep.cli import at_the_door, config_of, hydra_main, register
+from lorax.sweep.packed import run_packed
 from lorax.sweep.serial import check_trials, run_trials
 
-__all__ = ["at_the_door", "check_trials", "config_of", "hydra_main", "register", "run_trials"]
+__all__ = [
+    "at_the_door",
+    "check_trials",
+    "config_of",
+    "hydra_main",
+    "register",
+    "run_packed",
+    "run_trials",
+]

@@ -1,18 +1,25 @@
-"""Hydra's basic launcher, with every trial checked before the first one trains."""
+"""What stands behind our Hydra launchers: every trial is checked before the first one trains."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
 
+from lorax.config import TrialConfig
 from lorax.sweep.cli import config_of
-from lorax.sweep.serial import check_trials, sweep_bar
+from lorax.sweep.packed import run_packed
+from lorax.sweep.plan_table import print_plan
+from lorax.sweep.serial import check_trials, objective, summary_line, sweep_bar
+from lorax.trial_id import trial_id
 
+log = logging.getLogger(__name__)
 Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
+Compose = Callable[[Sequence[str]], Any]
 
 
 def launch(
-    compose: Callable[[Sequence[str]], Any],
+    compose: Compose,
     run: Launch,
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
@@ -34,3 +41,42 @@ def launch(
         for n, overrides in enumerate(bar):
             returns += run([overrides], initial_job_idx + n)
     return returns
+
+
+def launch_packed(
+    compose: Compose, job_overrides: Sequence[Sequence[str]]
+) -> Callable[[Any], float | None]:
+    """Train all of a sweep's trials in packs.
+
+    Args:
+      compose: from a job's overrides to its config.
+      job_overrides: what each job overrides.
+
+    Returns:
+      A task function for Hydra's own jobs, which leaves the training out: it gives each trial's
+      result.
+
+    Raises:
+      LoraxError: see `run_packed`.
+      SystemExit: after a plan has been printed.
+    """
+    trials = [config_of(compose(overrides)) for overrides in job_overrides]
+    return recall_of(trials, lambda: run_packed(trials))
+
+
+def recall_of(
+    trials: Sequence[TrialConfig], run: Callable[[], Sequence[dict[str, Any]]]
+) -> Callable[[Any], float | None]:
+    """The task function of `launch_packed`, for any way to run the trials."""
+    if any(trial.sweep.plan for trial in trials):
+        print_plan(trials)
+        raise SystemExit(0)
+    ids = [trial_id(trial) for trial in trials]
+    results = dict(zip(ids, run(), strict=True))
+
+    def recall(config: Any) -> float | None:
+        result = results[trial_id(config_of(config))]
+        log.info(summary_line(result))
+        return objective(result)
+
+    return recall

@@ -60,12 +60,24 @@ def sweep_bar(trials: Sequence[Any]) -> Iterator[Iterable[Any]]:
         yield bar
 
 
+def objective(result: dict[str, Any]) -> float | None:
+    """What a sweeper maximises: the best value of the task's main metric; None if diverged."""
+    best = result["best"]
+    return best["metrics"][result["metric"]] if best and result["status"] != "diverged" else None
+
+
 def summary_line(result: dict[str, Any]) -> str:
     """One line on a trial that has ended."""
     if result["status"] == "diverged":
         return f"{result['trial_id']}: diverged, {result['reason']}"
     name, best = result["metric"], result["best"]
     score = best["metrics"][name]
+    if result["status"] == "cut":
+        cut = result["cut"]
+        return (
+            f"{result['trial_id']}: cut at step {cut['step']}, {cut['place']} of {cut['of']} "
+            f"by {name}, {score:.4f}"
+        )
     return (
         f"{result['trial_id']}: {name} {score:.4f} at step {best['step']} of {result['steps']}, "
         f"{result['trainable_params']:,} trained parameters, {result['seconds_total']:.0f} s"

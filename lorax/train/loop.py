@@ -59,7 +59,7 @@ class Loop:
         Args:
           bar: a progress bar with `update` and `set_postfix`.
         """
-        self._end_lanes()  # killed after their last checkpoint, before their results
+        self.end_lanes()  # killed after their last checkpoint, before their results
         pending: tuple[int, list[float], jax.Array] | None = None
         clock = time.perf_counter()
         for batches in self._batches():
@@ -86,7 +86,7 @@ class Loop:
             if not self.alive():
                 break
             clock = time.perf_counter()
-        self._end_lanes(all_of_them=True)
+        self.end_lanes(all_of_them=True)
 
     def _batches(self) -> Iterator[list[HostBatch]]:
         """Each lane's next batch, all padded alike; a pure function of seeds and step."""
@@ -125,7 +125,7 @@ class Loop:
         bar.update(1)
         if number % self.train.log_every == 0 or number == 1:
             bar.set_postfix(self._postfix(values))
-        self._end_lanes()
+        self.end_lanes()
 
     def _postfix(self, losses: np.ndarray) -> dict[str, str]:
         shown = {"loss": f"{np.median(losses):.3f}"}
@@ -149,7 +149,7 @@ class Loop:
             self._judge(self)
         if any(not lane.progress.reason for lane in self.lanes):
             self._save(self)  # weights that are not finite are not worth going on from
-        self._end_lanes()
+        self.end_lanes()
 
     def _evaluate(self) -> None:
         size = self.train.eval_batch_size
@@ -163,7 +163,8 @@ class Loop:
                 metrics = score(self.dataset, own)
                 lane.evaluated(metrics, lambda n=n: self.engine.trainable(n))  # type: ignore[misc]
 
-    def _end_lanes(self, *, all_of_them: bool = False) -> None:
+    def end_lanes(self, *, all_of_them: bool = False) -> None:
+        """Hand over every lane that is at its end and has not been handed over."""
         for lane in self.lanes:
             if not lane.has_ended and (all_of_them or not lane.is_alive):
                 self._end(self, lane)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-KEEP_STEPS = 512
+KEEP_STEPS = 128
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Meter:
 
     Attributes:
       lanes: trials that the process trains together; time and compilation are shared evenly.
+      most_lanes: of all legs: what the result tells.
     """
 
     shapes: dict[int, StepCost] = field(default_factory=dict)
@@ -45,12 +46,14 @@ class Meter:
     earlier_compile_seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
     lanes: int = 1
+    most_lanes: int = 1
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed trial's costs are the whole trial's."""
         return {
             "shapes": {str(t): asdict(cost) for t, cost in (self.earlier | self.shapes).items()},
             "compile_seconds": self.compile_seconds,
+            "most_lanes": self.most_lanes,
             "step_seconds": self.step_seconds[-KEEP_STEPS:],
             "steps_by_length": {str(t): n for t, n in self.steps_by_length.items()},
             "seconds": self.seconds,
@@ -63,6 +66,7 @@ class Meter:
             step_seconds=list(record["step_seconds"]),
             earlier_seconds=record["seconds"],
             earlier_compile_seconds=record["compile_seconds"],
+            most_lanes=record["most_lanes"],
         )
         meter.earlier = {int(t): StepCost(**cost) for t, cost in record["shapes"].items()}
         meter.steps_by_length = {int(t): n for t, n in record["steps_by_length"].items()}
@@ -93,7 +97,7 @@ class Meter:
     def share(self, lanes: int) -> None:
         """From now on so many trials share the process's time."""
         self.earlier_seconds, self.started = self.seconds, time.perf_counter()
-        self.lanes = lanes
+        self.lanes, self.most_lanes = lanes, max(lanes, self.most_lanes)
 
     def summary(self) -> dict[str, Any]:
         """The costs, for `result.json`."""
@@ -107,7 +111,7 @@ class Meter:
             "step_memory_bytes": max((cost.memory_bytes for cost in shapes.values()), default=0),
             "flops_per_step": flops / steps if steps else None,
             "steps_by_length": {str(t): n for t, n in sorted(self.steps_by_length.items())},
-            "lanes": self.lanes,
+            "lanes": self.most_lanes,
             "peak_rss_bytes": peak_rss(),
             "peak_device_bytes": _peak_device(),
         }

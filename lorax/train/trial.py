@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ from lorax.train.loop import Loop
 from lorax.train.measure import Meter, reset_peak_rss
 from lorax.train.restore import CHECKPOINTS, POINTER, restore
 from lorax.train.results import Result, finished_result, write_result
-from lorax.train.setup import check_trial, hyper_of, load_dataset, prepare
+from lorax.train.setup import Setup, check_trial, hyper_of, load_dataset, prepare
 from lorax.train.step import State, init_state
 from lorax.trial_id import trial_dir, trial_id
 
@@ -76,17 +76,24 @@ def writing(directory: Path) -> Iterator[None]:
         raise LoraxError(f"cannot write {place}: {fault.strerror or fault}") from fault
 
 
-def open_lane(
-    config: TrialConfig, directory: Path, packs: dict[Path, Any] | None = None
-) -> tuple[Lane, State]:
-    """A trial where it stands, with the arrays to go on from, in its own shapes.
+class Start(NamedTuple):
+    """Where a trial goes on from: `state` and `best` are arrays in its own shapes."""
+
+    setup: Setup
+    state: State
+    best: Any
+    progress: Progress
+    meter: Meter
+
+
+def find_start(config: TrialConfig, directory: Path, packs: dict[Path, Any] | None = None) -> Start:
+    """Where a trial stands: at its newest checkpoint, or at its beginning.
 
     Args:
       config: the trial, checked.
       directory: its own, locked by this process.
       packs: see `restore`.
     """
-    dataset = load_dataset(config.task, config.model, config.train.max_shapes)
     setup = prepare(config)
     state = init_state(setup.trainable, hyper_of(config), setup.dropout_key)
     best = jax.tree.map(np.asarray, state.trainable)
@@ -96,13 +103,18 @@ def open_lane(
         state, best = arrays["state"], jax.tree.map(np.asarray, arrays["best"])
         progress, meter = Progress(**record["progress"]), Meter.restore(record["costs"])
         progress.cut = None  # who opens a trial that was cut wants it to go on
+    return Start(setup, state, best, progress, meter)
+
+
+def open_lane(config: TrialConfig, directory: Path, start: Start) -> Lane:
+    """The trial's side of the loop; its config is written, its records go on from its start."""
+    dataset = load_dataset(config.task, config.model, config.train.max_shapes)
     write_json(directory / "config.json", dataclasses.asdict(config))
     trial = {**dataclasses.asdict(config), "trial_id": trial_id(config)}
-    tracker = open_tracker(config.tracking, directory, trial, progress.step)
-    lane = Lane(config, directory, setup, dataset, tracker, best, progress, meter)
-    if progress.step:
-        log.info("%s goes on from step %d of %d", directory, progress.step, lane.total_steps)
-    return lane, state
+    tracker = open_tracker(config.tracking, directory, trial, start.progress.step)
+    return Lane(
+        config, directory, start.setup, dataset, tracker, start.best, start.progress, start.meter
+    )
 
 
 def clean(config: TrialConfig, directory: Path) -> None:
@@ -120,8 +132,11 @@ def _forget(directory: Path) -> None:
 
 def _train(config: TrialConfig, directory: Path) -> Result:
     reset_peak_rss()
-    lane, state = open_lane(config, directory)
-    engine = Solo(lane.setup, state)
+    start = find_start(config, directory)
+    lane = open_lane(config, directory, start)
+    if lane.progress.step:
+        log.info("%s goes on from step %d of %d", directory, lane.progress.step, lane.total_steps)
+    engine = Solo(lane.setup, start.state)
     checkpoints = Checkpoints(directory / CHECKPOINTS)
     results: list[Result] = []
 

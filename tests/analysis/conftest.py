@@ -1,11 +1,17 @@
 import pytest
-from synthetic_sweep import make_config, make_result, write_sweep, write_trial
+from synthetic_sweep import make_config, make_result, write_halved_sweep, write_sweep, write_trial
 
 
 @pytest.fixture
 def sweep(tmp_path):
     """Five ranks, two rates, three seeds, both references; all finished."""
     return write_sweep(tmp_path / "sweep", rates=(5e-4, 1e-3))
+
+
+@pytest.fixture
+def halved_sweep(tmp_path):
+    """Half of a pack of twelve cut: a rank wholly, two ranks in part, one not at all."""
+    return write_halved_sweep(tmp_path / "halved")
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def make_config(mode="lora", rank=8, seed=0, *, alpha=16.0, lr=1e-3, targets="qv
     )
 
 
-def make_result(config, score=0.8, status="finished", metric="accuracy", extra=None):
+def make_result(config, score=0.8, status="finished", metric="accuracy", extra=None, *, lanes=1):
     mode, rank = config["train"]["mode"], config["lora"]["rank"]
     adapter = 9216 * rank if mode == "lora" else 0
     trainable = BASE_PARAMS + HEAD_PARAMS if mode == "full" else adapter + HEAD_PARAMS
@@ -51,6 +51,7 @@ def make_result(config, score=0.8, status="finished", metric="accuracy", extra=N
         "trial_id": "set by write_trial",
         "status": status,
         "reason": "loss is nan at step 7" if diverged else None,
+        "cut": None,
         "metric": metric,
         "best": None if diverged else best,
         "last": None if diverged else last,
@@ -66,11 +67,20 @@ def make_result(config, score=0.8, status="finished", metric="accuracy", extra=N
         "compile_seconds": 2.0,
         "step_memory_bytes": (180 + rank) * 2**20,
         "peak_rss_bytes": 2**30,
+        "lanes": lanes,
         "flops_per_step": 1.5e9,
         "adapter_bytes": 4 * adapter,
         "base_bytes": 4 * BASE_PARAMS,
         "environment": ENVIRONMENT,
     }
+
+
+def make_cut_result(config, score, *, place, step=40, rung=1, of=12, goes_on=6, lanes=12):
+    """As halving leaves a trial: evaluated up to the cut, best and last of equal standing."""
+    point = {"step": step, "epoch": step / STEPS_AN_EPOCH, "metrics": {"accuracy": score}}
+    cut = {"step": step, "rung": rung, "place": place, "of": of, "goes_on": goes_on}
+    result = make_result(config, score, "cut", lanes=lanes)
+    return result | {"best": point, "last": point, "steps": step, "cut": cut}
 
 
 def make_records(score, rng, metric="accuracy"):
@@ -146,3 +156,36 @@ def write_sweep(
         records = make_records(score, rng)
         write_trial(sweep, f"{task}-{index:03d}", config, make_result(config, score), records)
     return sweep
+
+
+HALVED = {1: (), 2: (0,), 4: (0, 1), 8: (0, 1, 2)}
+"""Rank to the seeds that finish, of three: none, one, two, all."""
+
+
+def write_halved_sweep(sweep: Path):
+    """Twelve trials of one pack, cut once: rank 1 is gone, ranks 2 and 4 have lost seeds."""
+    cut = [(rank, seed) for rank, kept in HALVED.items() for seed in range(3) if seed not in kept]
+    for rank in HALVED:
+        for seed in range(3):
+            config = make_config(rank=rank, seed=seed)
+            score = 0.80 + 0.001 * rank - 0.002 * seed
+            if (rank, seed) in cut:
+                place = 12 - cut.index((rank, seed))
+                result = make_cut_result(config, score - 0.1, place=place)
+            else:
+                result = make_result(config, score, lanes=6)
+            records = make_records(score, np.random.default_rng(rank + seed))
+            write_trial(sweep, f"r{rank}-s{seed}", config, result, records)
+    write_clutter(sweep)
+    return sweep
+
+
+def write_clutter(sweep: Path):
+    """What lies in a sweep directory besides trials."""
+    checkpoint = sweep / "packs" / "0123abcd" / "checkpoints" / "40"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "record.json").write_text("{}")
+    (sweep / "packs" / "0123abcd" / "pack.json").write_text('{"trials": []}')
+    (sweep / "multirun.yaml").write_text("hydra: {}\n")
+    (sweep / ".submitit" / "17").mkdir(parents=True)
+    (sweep / ".submitit" / "17" / "17_0_log.out").write_text("")

@@ -1,4 +1,5 @@
 import html.parser
+import itertools
 import os
 import subprocess
 import sys
@@ -6,7 +7,13 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from synthetic_sweep import make_config, make_result, write_sweep, write_trial
+from synthetic_sweep import (
+    make_config,
+    make_cut_result,
+    make_result,
+    write_sweep,
+    write_trial,
+)
 
 from experiments.report import main
 from lorax.analysis import write_report
@@ -99,6 +106,90 @@ def test_report_tells_of_every_fault(faulty_sweep):
         assert "2 unfinished: broken-result, unfinished" in text
         assert "broken-config/config.json" in text
     assert "diverged: loss is nan at step 7" in page.read_text()
+
+
+def written(page):
+    """The report's texts in every format, without the terminal's."""
+    names = ("report.md", "report.html", "table.tex")
+    return [(page.parent / name).read_text() for name in names]
+
+
+def test_every_format_says_what_was_cut_and_when(halved_sweep):
+    report = build_report(halved_sweep)
+    markdown, html, latex = written(write_report(halved_sweep))
+    Page(html)
+    for text in (report.text(), markdown, html, latex):
+        for part in ("Cut by halving", "r4-s2", "7 of 12 (6 went on)", "3 (2 cut)"):
+            assert part in text
+        assert "biased upwards" in text
+    for text in (report.text(), markdown, html):
+        assert "6 of 12 finished, 6 cut by halving" in text
+        assert "No trial of rank 1 outlived the halving" in text
+    assert "cut at step 40, place 7 of 12" in markdown
+    assert r"\label{tab:cut}" in latex
+
+
+def test_caveats_of_halving(halved_sweep):
+    caveats = " ".join(build_report(halved_sweep).caveats)
+    assert "Successive halving cut 6 of 12 trials" in caveats
+    assert "In 2 of 3 rows halving cut some of the seeds" in caveats
+    assert "1 setting has no row" in caveats
+
+
+def test_no_word_of_halving_or_packs_without_them(sweep):
+    report = build_report(sweep)
+    text = report.text() + " ".join(report.caveats)
+    assert report.cut is None
+    assert "alving" not in text and "pack" not in text
+
+
+def test_findings_flag_survivors(halved_sweep):
+    text = sentences(halved_sweep)
+    assert "Rank 8 has the highest mean" in text
+    assert "Halving cut seeds of ranks 2 and 4" in text
+
+
+def test_a_rate_wholly_cut_is_no_edge_of_the_grid(tmp_path):
+    write_sweep(tmp_path, ranks=(4, 8), rates=(1e-3, 2e-3))
+    assert "end of the grid" in sentences(tmp_path)
+    for rank, lr in itertools.product((4, 8), (5e-4, 4e-3)):
+        config = make_config(rank=rank, lr=lr)
+        write_trial(tmp_path, f"cut-{rank}-{lr}", config, make_cut_result(config, 0.5, place=3))
+    assert "end of the grid" not in sentences(tmp_path)
+
+
+def test_figures_pass_over_the_cut(halved_sweep):
+    plots = draw(group_trials(read_sweep(halved_sweep).trials))
+    (axes,) = plots[0].figure.axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "4", "8"]
+    assert all("halving cut" in plot.caption for plot in plots)
+
+
+def test_a_sweep_of_which_nothing_is_left(tmp_path):
+    config = make_config()
+    write_trial(tmp_path, "a", config, make_cut_result(config, 0.7, place=2))
+    with pytest.raises(LoraxError, match=r"0 diverged, 0 unfinished, 1 cut"):
+        build_report(tmp_path)
+
+
+def test_a_task_of_which_nothing_is_left(halved_sweep):
+    config = make_config(task="rte")
+    write_trial(halved_sweep, "rte", config, make_cut_result(config, 0.7, place=2))
+    report = build_report(halved_sweep)
+    assert [finding.title for finding in report.findings] == ["reviews"]
+    assert len(report.settings.rows) == 3 and len(report.cut.rows) == 7
+    assert write_report(halved_sweep).is_file()
+
+
+@pytest.mark.parametrize(("lanes", "mixed"), [((8, 8), False), ((1, 8), True), ((4, 8), True)])
+def test_caveats_of_packing(tmp_path, lanes, mixed):
+    for rank, together in zip((1, 2), lanes, strict=True):
+        config = make_config(rank=rank)
+        write_trial(tmp_path, f"{rank}", config, make_result(config, lanes=together))
+    caveats = " ".join(build_report(tmp_path).caveats)
+    assert "even shares of the pack's" in caveats and "memory is the whole pack's" in caveats
+    assert (f"{lanes[0]} and 8 lanes" in caveats) == mixed
+    assert ("packed and unpacked" in caveats) == (1 in lanes)
 
 
 def test_noise_is_called_noise(tmp_path):

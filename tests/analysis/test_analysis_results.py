@@ -2,7 +2,7 @@ import json
 import math
 
 import pytest
-from synthetic_sweep import make_config, make_result, write_trial
+from synthetic_sweep import make_config, make_cut_result, make_result, write_trial
 
 from lorax.analysis.results import read_sweep
 from lorax.errors import LoraxError
@@ -48,6 +48,44 @@ def test_nan_and_foreign_values_are_missing(tmp_path):
     assert math.isnan(sweep.trials[0].number("seconds_per_step"))
     assert sweep.trials[0].curve("train", "loss") == {}
     assert "finished without" in sweep.warnings[0]
+
+
+def test_cut_is_a_status_of_its_own(halved_sweep):
+    sweep = read_sweep(halved_sweep)
+    assert len(sweep.with_status("cut")) == len(sweep.with_status("finished")) == 6
+    trial = sweep.trials[0]
+    assert [trial.cut_number(key) for key in ("step", "place", "of")] == [40, 12, 12]
+    assert trial.lanes == 12
+    assert math.isnan(sweep.with_status("finished")[0].cut_number("step"))
+
+
+def test_packs_and_other_folders_are_no_trials(halved_sweep):
+    sweep = read_sweep(halved_sweep)
+    assert (halved_sweep / "packs").is_dir() and (halved_sweep / ".submitit").is_dir()
+    assert len(sweep.trials) == 12
+    assert sweep.warnings == ()
+
+
+def test_sweep_as_a_name_and_as_a_section(tmp_path):
+    for seed, section in enumerate(("default", {"name": "default", "halving": {"after": 40}})):
+        config = make_config(seed=seed) | {"sweep": section}
+        result = make_result(config)
+        if seed == 0:  # as old as the name
+            del result["lanes"], result["cut"]
+        write_trial(tmp_path, f"s{seed}", config, result)
+    sweep = read_sweep(tmp_path)
+    assert sweep.warnings == ()
+    assert [trial.config.get("sweep") for trial in sweep.trials] == ["default", None]
+    assert sweep.trials[1].config["sweep.name"] == "default"
+    assert [trial.lanes for trial in sweep.trials] == [1, 1]
+
+
+def test_a_cut_without_its_record_is_still_a_cut(tmp_path):
+    config = make_config()
+    result = make_cut_result(config, 0.7, place=2) | {"cut": None}
+    write_trial(tmp_path, "a", config, result)
+    (trial,) = read_sweep(tmp_path).with_status("cut")
+    assert math.isnan(trial.cut_number("place"))
 
 
 def test_result_without_config_is_named(sweep):

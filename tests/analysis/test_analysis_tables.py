@@ -3,12 +3,26 @@ import io
 import random
 
 import pytest
-from synthetic_sweep import make_config, make_result, write_sweep, write_trial
+from synthetic_sweep import (
+    make_config,
+    make_cut_result,
+    make_result,
+    write_sweep,
+    write_trial,
+)
 
-from lorax.analysis.groups import MISSING, format_value, group_trials, short_names, varying_keys
+from lorax.analysis.groups import (
+    MISSING,
+    best_choices,
+    constant_settings,
+    format_value,
+    group_trials,
+    short_names,
+    varying_keys,
+)
 from lorax.analysis.render import escape_latex, to_csv, to_latex, to_markdown, to_text
 from lorax.analysis.results import read_sweep
-from lorax.analysis.table import best_table, settings_table
+from lorax.analysis.table import best_table, cut_table, settings_table
 
 
 def groups_of(path):
@@ -76,7 +90,12 @@ def test_bookkeeping_is_no_difference(tmp_path):
         config = make_config(seed=seed) | {"sweep": name, "output_dir": name}
         config["tracking"] = {"kind": name}
         write_trial(tmp_path, name, config, make_result(config))
-    assert len(groups_of(tmp_path)) == 1
+    config = make_config(seed=2)
+    config["sweep"] |= {"name": "c", "halving": {"after": 9, "eta": 4}, "mesh": {"trial": 8}}
+    write_trial(tmp_path, "c", config, make_result(config))
+    (group,) = groups_of(tmp_path)
+    assert len(group.trials) == 3
+    assert not any(key.startswith("sweep") for key in constant_settings([group]))
 
 
 def test_source_beside_name_is_one_column(tmp_path):
@@ -101,6 +120,91 @@ def test_all_diverged_still_has_its_row(tmp_path):
     table = settings_table(groups_of(tmp_path))
     assert column(table, "seeds") == ["1 (1 diverged)"]
     assert column(table, "accuracy (best)") == [MISSING]
+
+
+def test_cut_are_counted_and_not_averaged(halved_sweep):
+    groups = groups_of(halved_sweep)
+    table = settings_table(groups)
+    assert column(table, "rank") == ["2", "4", "8"]
+    assert column(table, "seeds") == ["3 (2 cut)", "3 (1 cut)", "3"]
+    assert column(table, "accuracy (best)") == ["80.20", "80.30 ± 0.14", "80.60 ± 0.20"]
+    assert column(table, "accuracy (last)")[0] == "79.80"
+    assert any("biased upwards" in note for note in table.notes)
+
+
+def test_cut_trials_are_listed_with_their_setting(halved_sweep):
+    table = cut_table(groups_of(halved_sweep))
+    assert column(table, "trial") == ["r1-s0", "r1-s1", "r1-s2", "r2-s1", "r2-s2", "r4-s2"]
+    assert column(table, "rank") == ["1", "1", "1", "2", "2", "4"]
+    assert column(table, "seed") == ["0", "1", "2", "1", "2", "2"]
+    assert set(column(table, "cut at step")) == {"40"}
+    assert column(table, "place")[::5] == ["12 of 12 (6 went on)", "7 of 12 (6 went on)"]
+    assert column(table, "accuracy so far")[0] == "70.10"
+
+
+def test_no_list_without_cuts(sweep):
+    assert cut_table(groups_of(sweep)) is None
+    assert not any("alving" in note for note in settings_table(groups_of(sweep)).notes)
+
+
+def test_cut_without_numbers_shows_dashes(tmp_path):
+    config = make_config()
+    result = make_cut_result(config, 0.7, place=2) | {"cut": None, "best": None, "last": None}
+    write_trial(tmp_path, "a", config, result)
+    table = cut_table(groups_of(tmp_path))
+    assert column(table, "cut at step") == column(table, "accuracy so far") == [MISSING]
+
+
+def test_a_seed_that_finished_elsewhere_is_not_counted_as_cut(tmp_path):
+    config = make_config()
+    write_trial(tmp_path, "a", config, make_cut_result(config, 0.7, place=2))
+    write_trial(tmp_path, "b", config, make_result(config))
+    (group,) = groups_of(tmp_path)
+    assert (group.trials[0].id, group.cut, group.repeats[0].id) == ("b", (), "a")
+
+
+def test_survivors_of_halving_are_not_chosen(tmp_path):
+    for lr, seed, place in ((1e-3, 0, 0), (1e-3, 1, 0), (4e-3, 0, 0), (4e-3, 1, 4)):
+        config = make_config(lr=lr, seed=seed)
+        score = 0.9 if lr > 2e-3 else 0.8
+        cut = make_cut_result(config, 0.5, place=place)
+        result = cut if place else make_result(config, score)
+        write_trial(tmp_path, f"{lr}-{seed}", config, result)
+    assert column(best_table(groups_of(tmp_path)), "lr") == ["1e-3"]
+
+
+def test_a_setting_wholly_cut_was_tried(tmp_path):
+    for lr, score in ((1e-3, 0.7), (2e-3, 0.8), (4e-3, None)):
+        config = make_config(lr=lr)
+        result = make_result(config, score) if score else make_cut_result(config, 0.5, place=3)
+        write_trial(tmp_path, f"{lr}", config, result)
+    groups = groups_of(tmp_path)
+    assert column(best_table(groups), "tried") == ["3"]
+    assert len(best_choices(groups, ["lora.rank"])[0].among) == 3
+    assert column(settings_table(groups), "lr") == ["1e-3", "2e-3"]
+
+
+@pytest.mark.parametrize(
+    ("lanes", "shown", "note"),
+    [((1, 1), None, ""), ((6, 6), ["6", "6"], "the whole pack's."),
+     ((1, 6), ["1", "6"], "do not compare across lanes.")],
+)  # fmt: skip
+def test_packed_trials_show_their_lanes(tmp_path, lanes, shown, note):
+    for rank, together in zip((1, 2), lanes, strict=True):
+        config = make_config(rank=rank)
+        write_trial(tmp_path, f"{rank}", config, make_result(config, lanes=together))
+    table = settings_table(groups_of(tmp_path))
+    has_column = "lanes" in {c.header for c in table.columns}
+    assert (column(table, "lanes") if has_column else None) == shown
+    assert any("even share" in note for note in table.notes) == bool(shown)
+    assert any(line.endswith(note) for line in table.notes)
+
+
+def test_lanes_that_differ_within_a_row(tmp_path):
+    for seed, lanes in enumerate((1, 12)):
+        config = make_config(seed=seed)
+        write_trial(tmp_path, f"{seed}", config, make_result(config, lanes=lanes))
+    assert column(settings_table(groups_of(tmp_path)), "lanes") == ["1\u201312"]
 
 
 def test_each_rank_at_its_own_best(tmp_path):
@@ -201,6 +305,14 @@ def test_csv_has_raw_numbers(sweep):
     assert rows[0]["rank"] == "" and rows[1]["rank"] == "1"
     assert float(rows[1]["best_mean"]) == pytest.approx(groups[1].summary().mean)
     assert float(rows[1]["trainable_params"]) == 9216 + 148226
+    assert {(row["cut"], row["lanes"]) for row in rows} == {("0", "1")}
+
+
+def test_csv_counts_the_cut(halved_sweep):
+    rows = list(csv.DictReader(io.StringIO(to_csv(groups_of(halved_sweep)))))
+    assert [(row["rank"], row["finished"], row["cut"], row["lanes"]) for row in rows] == [
+        ("2", "1", "2", "6"), ("4", "2", "1", "6"), ("8", "3", "0", "6"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

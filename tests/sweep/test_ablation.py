@@ -12,7 +12,7 @@ def test_the_default_grid_is_every_rank_rate_and_seed_beside_its_references():
     assert {trial.lora.rank for trial in lora} == {1, 2, 4, 8, 16}
     assert {trial.seed for trial in sweep} == {0, 1, 2}
     assert {trial.train.mode for trial in sweep} == {"head", "lora", "full"}
-    assert len({(trial.sweep, trial.output_dir) for trial in sweep}) == 1
+    assert len({(trial.sweep.name, trial.output_dir) for trial in sweep}) == 1
 
 
 def test_overrides_hold_for_all_trials():

@@ -92,5 +92,5 @@ def test_it_is_a_readable_file_name():
     config = changed("lora.targets", [r"layers\.[01]/.*", "a b" * 40])
     name = trial_id(config)
     assert len(name) < 100 and "/" not in name and " " not in name and "\\" not in name
-    config.output_dir, config.sweep = "out", "ranks"
+    config.output_dir, config.sweep.name = "out", "ranks"
     assert trial_dir(config).parts == ("out", "ranks", name)

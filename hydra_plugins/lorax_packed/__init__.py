@@ -1,0 +1,39 @@
+"""The face of the packed launcher: Hydra only takes launchers from this namespace package.
+
+Every Hydra application of an environment imports it, so lorax and JAX wait until it is used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+
+
+class PackedLauncher(BasicLauncher):
+    """All trials of a batch as packs, each one compiled program; see `lorax.sweep.packed`."""
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Train the packs, then let Hydra write what it writes for each job."""
+        from lorax.sweep.launcher import launch_packed
+
+        self.task_function = launch_packed(self._compose, job_overrides)
+        return super().launch(job_overrides, initial_job_idx)
+
+    def _compose(self, overrides: Sequence[str]) -> Any:
+        assert self.hydra_context is not None and self.config is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+
+
+@dataclass
+class PackedLauncherConf:
+    """Options: none; see `sweep` in `lorax.config`."""
+
+    _target_: str = "hydra_plugins.lorax_packed.PackedLauncher"
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="packed", node=PackedLauncherConf)

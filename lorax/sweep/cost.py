@@ -1,0 +1,177 @@
+"""What a pack would cost: memory from XLA, time from FLOPs and one measured step."""
+
+import os
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lorax import data
+from lorax.config import TrialConfig
+from lorax.lora.paths import leaves_by_path
+from lorax.sweep.engine import PackEngine
+from lorax.train.measure import compile_cost
+from lorax.train.setup import Dataset, hyper_of, load_dataset, prepare
+from lorax.train.step import init_state, train_step
+
+GIB = 2**30
+SPARE = 0.9  # of the memory that is free: the rest is for what XLA does not count
+
+
+@dataclass(frozen=True)
+class Size:
+    """An adapter's size, as far as cost goes.
+
+    Attributes:
+      rank: of its largest target, as stored.
+      flops: of a training step through the adapter, a token: 6 r (d_in + d_out) a target.
+    """
+
+    rank: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One lane's step, measured once: what predictions of time rest on.
+
+    Attributes:
+      compile_seconds: of the step of one batch shape.
+      seconds_per_token: padding counted as tokens.
+      adapter_flops: a token, of the adapter that was measured.
+    """
+
+    compile_seconds: float
+    seconds_per_token: float
+    adapter_flops: float
+
+
+def sizes_of(trials: Sequence[TrialConfig]) -> list[Size]:
+    """The size of each trial's adapter; zero without one."""
+    unlike = {_adapter_key(trial): trial for trial in trials}
+    sizes = {key: _size_of(trial) for key, trial in unlike.items()}
+    return [sizes[_adapter_key(trial)] for trial in trials]
+
+
+def _size_of(trial: TrialConfig) -> Size:
+    pairs = prepare(trial).trainable["lora"].values()
+    flops = sum(6.0 * (pair["a"].size + pair["b"].size) for pair in pairs)
+    return Size(max((pair["a"].shape[-2] for pair in pairs), default=0), flops)
+
+
+def base_flops(trial: TrialConfig) -> float:
+    """FLOPs a token in the frozen base's products: forward, and back to activations."""
+    leaves = leaves_by_path(prepare(trial).frozen.params["base"])
+    return 4.0 * sum(leaf.size for path, leaf in leaves.items() if path.endswith(".kernel"))
+
+
+def lengths_of(trial: TrialConfig) -> dict[int, float]:
+    """The share of each compiled length in the steps of the first epoch."""
+    dataset, train = _dataset(trial), trial.train
+    lengths = np.asarray(dataset.train.lengths)
+    order = data.train_batches(
+        lengths, train.batch_size, seed=trial.seed, epoch=0, window=train.length_window
+    )
+    edges = [dataset.edges[bisect_left(dataset.edges, lengths[i].max())] for i in order]
+    return {edge: n / len(edges) for edge, n in sorted(Counter(edges).items())}
+
+
+def steps_of(trial: TrialConfig) -> int:
+    """Optimizer steps of a trial."""
+    epoch = -(-len(_dataset(trial).train) // trial.train.batch_size)
+    return trial.train.max_steps or trial.train.epochs * epoch
+
+
+def measure_probe(trial: TrialConfig) -> Probe:
+    """Compile and time the step of one trial at the length that most steps have."""
+    shares = lengths_of(trial)
+    length = max(shares, key=lambda edge: shares[edge])
+    setup, hyper = prepare(trial), hyper_of(trial)
+    state = init_state(setup.trainable, hyper, setup.dropout_key)
+    state = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
+    batch = dummy_batch(trial, length)
+    cost = compile_cost(train_step, setup.program, state, setup.frozen, hyper, batch)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        state, loss = train_step(setup.program, state, setup.frozen, hyper, batch)
+        jax.block_until_ready(loss)
+        seconds.append(time.perf_counter() - start)
+    tokens = trial.train.batch_size * length
+    adapter = sizes_of([trial])[0].flops
+    return Probe(cost.compile_seconds, min(seconds[1:]) / tokens, adapter)
+
+
+def pack_memory(
+    trials: Sequence[TrialConfig], *, tokens_at_once: int, lanes: int | None
+) -> tuple[int, int]:
+    """(bytes of the pack's step at the longest length, lanes side by side in it).
+
+    The program is compiled, and not run; training finds it in the cache.
+    """
+    setups = {_adapter_key(trial): prepare(trial) for trial in trials}
+    states = {
+        key: init_state(setup.trainable, hyper_of(trials[0]), setup.dropout_key)
+        for key, setup in setups.items()
+    }
+    keys = [_adapter_key(trial) for trial in trials]
+    engine = PackEngine(
+        [setups[key] for key in keys],
+        [states[key] for key in keys],
+        tokens_at_once=tokens_at_once,
+        lanes=lanes,
+    )
+    length = _dataset(trials[0]).edges[-1]
+    batch = dummy_batch(trials[0], length)
+    cost, _ = engine.compile([hyper_of(trial) for trial in trials], [batch] * len(trials))
+    return cost.memory_bytes, engine.side
+
+
+def memory_limit(trial: TrialConfig) -> int:
+    """Bytes that a pack may take: as set, or nine tenths of what the device has."""
+    if trial.sweep.memory_limit_gib is not None:
+        return int(trial.sweep.memory_limit_gib * GIB)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(SPARE * (stats.get("bytes_limit") or _free_host_memory()))
+
+
+def dummy_batch(trial: TrialConfig, length: int) -> dict[str, np.ndarray]:
+    """A batch of a length, filled with the training split's shortest example."""
+    dataset = _dataset(trial)
+    shortest = int(np.argmin(dataset.train.lengths))
+    rows = np.full(trial.train.batch_size, shortest)
+    return data.collate(dataset.train, rows, len(rows), (length,), dataset.pad_id)
+
+
+def _adapter_key(trial: TrialConfig) -> str:
+    return repr((trial.lora, trial.train.pad_rank, trial.train.mode))
+
+
+def _dataset(trial: TrialConfig) -> Dataset:
+    return load_dataset(trial.task, trial.model, trial.train.max_shapes)
+
+
+def _free_host_memory() -> int:
+    """Free memory of the machine, or of the control group that this process is confined to."""
+    free = [_meminfo("MemAvailable")]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        free.append(int(limit) - int(used))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        pass
+    return min(free)
+
+
+def _meminfo(name: str) -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        line = next(line for line in lines if line.startswith(name))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

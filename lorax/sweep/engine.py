@@ -1,0 +1,162 @@
+"""The engine of a pack: many trials' states in one, stepped by one program."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorax.lora import stack, union, unstack
+from lorax.sweep.program import Packed, packed_predict, packed_step
+from lorax.train.engine import HostBatch
+from lorax.train.measure import StepCost, compile_cost
+from lorax.train.optimizer import Hyper
+from lorax.train.setup import Setup
+from lorax.train.step import Frozen, State
+
+
+class PackEngine:
+    """Trains K trials of one program in lockstep over one frozen base.
+
+    Args:
+      setups: of the trials, in the order of the lanes; their bases are the same arrays.
+      states: where each trial stands, in its own shapes.
+      tokens_at_once: as many lanes are computed side by side as have this many tokens together.
+      lanes: computes so many side by side, whatever their tokens.
+
+    Attributes:
+      state: stacked, ranks and targets zero-padded; donated to every step.
+    """
+
+    def __init__(
+        self,
+        setups: Sequence[Setup],
+        states: Sequence[State],
+        *,
+        tokens_at_once: int,
+        lanes: int | None = None,
+    ):
+        self.program = setups[0].program
+        self.tokens_at_once, self.lanes = tokens_at_once, lanes
+        self._shapes = [jax.tree.map(_shape, state) for state in states]
+        like = stacked_like(self._shapes)
+        self.state: State = jax.tree.map(jnp.asarray, stack(states, like))
+        adapter = jax.tree.map(lambda _: None, like.trainable["lora"])
+        params = {"base": setups[0].frozen.params["base"], "lora": adapter}
+        scales = {
+            path: jnp.asarray([s.frozen.scales.get(path, 0.0) for s in setups], jnp.float32)
+            for path in like.trainable["lora"]
+        }
+        self.frozen = Frozen(params, scales)
+        self._costs: dict[tuple[int, int], StepCost] = {}
+        self.side = 1  # of the program last asked for
+
+    @property
+    def count(self) -> int:
+        """Lanes K."""
+        return len(self._shapes)
+
+    @property
+    def costs(self) -> list[StepCost]:
+        """Of every program compiled so far."""
+        return list(self._costs.values())
+
+    def compile(
+        self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]
+    ) -> tuple[StepCost, bool]:
+        """See `lorax.train.engine.Engine`."""
+        key = batches[0]["input_ids"].shape[1], self.count
+        is_new = key not in self._costs
+        if is_new:
+            arguments = self._arguments(hypers, batches)
+            self._costs[key] = compile_cost(
+                packed_step, *arguments, lanes=_counted(self.count, self.side)
+            )
+        return self._costs[key], is_new
+
+    def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
+        """See `lorax.train.engine.Engine`."""
+        self.state, losses = packed_step(*self._arguments(hypers, batches))
+        return losses
+
+    def predict(self, batch: HostBatch) -> jax.Array:
+        """See `lorax.train.engine.Engine`."""
+        packed = self._packed(batch["input_ids"].shape)
+        return packed_predict(packed, self.state.trainable, self.frozen, batch)
+
+    def trainable(self, lane: int) -> Any:
+        """See `lorax.train.engine.Engine`."""
+        return unstack(self.state.trainable, lane, self._shapes[lane].trainable)
+
+    def state_of(self, lane: int) -> State:
+        """A lane's whole state, on the host, in its own shapes."""
+        return unstack(self.state, lane, self._shapes[lane])
+
+    def stack_trainables(self, trees: Sequence[Any]) -> Any:
+        """One trainable part a lane, as a checkpoint of the pack holds them."""
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.state)
+        return stack(trees, like.trainable)
+
+    def keep(self, lanes: Sequence[int]) -> None:
+        """Go on with these lanes only, in this order: a smaller program."""
+        chosen = np.asarray(lanes)
+        self._shapes = [self._shapes[n] for n in lanes]
+        self.state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[chosen]), self.state)
+        scales = {path: scale[chosen] for path, scale in self.frozen.scales.items()}
+        self.frozen = self.frozen._replace(scales=scales)
+
+    def _arguments(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> tuple[Any, ...]:
+        hyper = Hyper(*(np.stack(values) for values in zip(*hypers, strict=True)))
+        batch = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
+        packed = self._packed(batches[0]["input_ids"].shape)
+        return packed, self.state, self.frozen, hyper, batch
+
+    def _packed(self, shape: tuple[int, ...]) -> Packed:
+        wanted = self.lanes or self.tokens_at_once // (shape[0] * shape[1])
+        self.side = even_share(self.count, wanted)
+        return Packed(self.program, self.side)
+
+
+def stacked_like(states: Sequence[Any]) -> State:
+    """Shapes of one lane that hold each of the states: every target, at its largest rank."""
+
+    def widest(trees: Sequence[Any]) -> Any:
+        return {"base": trees[0]["base"], "lora": union([tree["lora"] for tree in trees])}
+
+    trainables = [state.trainable for state in states]
+    like = widest(trainables)
+    first: Any = jax.tree.structure(trainables[0])
+
+    def is_trainable(node: Any) -> bool:
+        return bool(first == jax.tree.structure(node))
+
+    # Adam's moments are trees like the trainable part: each gets its widened shapes.
+    opt_state = jax.tree.map(
+        lambda node: like if is_trainable(node) else node,
+        states[0].opt_state,
+        is_leaf=is_trainable,
+    )
+    return states[0]._replace(trainable=like, opt_state=opt_state)
+
+
+def even_share(count: int, wanted: int) -> int:
+    """How many of `count` lanes to compute side by side: near `wanted`, even parts preferred.
+
+    >>> [even_share(12, wanted) for wanted in (0, 1, 5, 7, 99)]
+    [1, 1, 4, 6, 12]
+    >>> even_share(7, 4)
+    4
+    """
+    wanted = max(1, min(wanted, count))
+    divisors = [n for n in range(1, wanted + 1) if count % n == 0]
+    return divisors[-1] if 2 * divisors[-1] > wanted else wanted
+
+
+def _counted(count: int, side: int) -> int:
+    """Lanes whose FLOPs XLA counts: a loop's body counts once, beside the remainder."""
+    return count if side >= count else side + count % side
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)

@@ -1,0 +1,102 @@
+"""A pack: trials that share one program, and what the disk knows of it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorax.checkpoint import write_json
+from lorax.config import TrialConfig
+from lorax.train.results import finished_result, read_result
+from lorax.trial_id import sweep_dir, trial_dir, trial_id
+
+PACKS = "packs"
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Trials of one program.
+
+    Attributes:
+      trials: in the order of their lanes.
+      tokens_at_once: how many lanes are computed side by side; see `PackEngine`.
+      lanes: so many side by side, whatever their tokens.
+      predicted: what the planner expects; for the plan's table.
+    """
+
+    trials: tuple[TrialConfig, ...]
+    tokens_at_once: int
+    lanes: int | None = None
+    predicted: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def ids(self) -> list[str]:
+        """The trials' ids, in order."""
+        return [trial_id(trial) for trial in self.trials]
+
+    @property
+    def name(self) -> str:
+        """What decides its numbers to the bit: trials, order and program."""
+        content = json.dumps([self.ids, self.tokens_at_once, self.lanes])
+        return f"{len(self.trials)}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    @property
+    def directory(self) -> Path:
+        """`<sweep>/packs/<name>`."""
+        return sweep_dir(self.trials[0]) / PACKS / self.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the states of all of its trials are kept while it runs."""
+        return self.directory / "checkpoints"
+
+
+def write_record(pack: Pack, **more: Any) -> None:
+    """Note a pack, so that the same command goes on with the same program after a kill."""
+    pack.directory.mkdir(parents=True, exist_ok=True)
+    record = {
+        "trials": pack.ids,
+        "tokens_at_once": pack.tokens_at_once,
+        "lanes": pack.lanes,
+        "predicted": pack.predicted,
+        **more,
+    }
+    write_json(pack.directory / "pack.json", record)
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """The record of a pack; None without a readable one."""
+    try:
+        return json.loads((directory / "pack.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
+    """The packs on disk that were cut short and whose trials are all asked for again."""
+    asked = {trial_id(trial): trial for trial in trials}
+    folders = {sweep_dir(trial) / PACKS for trial in trials}
+    packs = []
+    for folder in sorted(path for parent in folders for path in parent.glob("*") if path.is_dir()):
+        record = read_record(folder)
+        if record is None or record.get("is_over") or not asked.keys() >= set(record["trials"]):
+            continue
+        members = tuple(asked[name] for name in record["trials"])
+        pack = Pack(members, record["tokens_at_once"], record["lanes"], record["predicted"])
+        if pack.directory == folder and any(is_open(trial) for trial in members):
+            packs.append(pack)
+    return packs
+
+
+def is_open(trial: TrialConfig) -> bool:
+    """Whether a trial has not ended yet."""
+    return ended_result(trial) is None
+
+
+def ended_result(trial: TrialConfig) -> dict[str, Any] | None:
+    """A trial's result; None while it is to go on, as one does that an earlier halving cut."""
+    directory = trial_dir(trial)
+    is_halving = trial.sweep.halving.after is not None
+    return read_result(directory) if is_halving else finished_result(directory)

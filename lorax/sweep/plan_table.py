@@ -1,0 +1,86 @@
+"""`sweep.plan=true`: how trials would be packed, what it would cost, what it did cost."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lorax.config import TrialConfig
+from lorax.sweep.cost import GIB, memory_limit
+from lorax.sweep.groups import group_trials, why_apart
+from lorax.sweep.pack import PACKS, Pack, read_record
+from lorax.sweep.packed import check_sweep
+from lorax.sweep.planner import plan_packs
+from lorax.sweep.serial import check_trials
+from lorax.trial_id import sweep_dir
+
+COLUMNS = (
+    "pack",
+    "trials",
+    "rank",
+    "side by side",
+    "padding",
+    "memory, predicted",
+    "measured",
+    "s/step, predicted",
+    "measured",
+    "seconds, predicted",
+    "measured",
+)
+
+
+def print_plan(trials: Sequence[TrialConfig]) -> None:
+    """Print the plan of all trials, ended ones included, with what was measured in earlier runs.
+
+    Raises:
+      LoraxError: as `lorax.sweep.run_packed`.
+    """
+    check_sweep(trials)
+    check_trials(trials)
+    groups = [[trials[n] for n in group] for group in group_trials(trials)]
+    packs = [pack for group in groups for pack in plan_packs(group, with_times=True)]
+    print(table([_row(pack) for pack in packs]))
+    limit = memory_limit(trials[0]) / GIB
+    print(f"{len(trials)} trials in {len(packs)} packs; memory limit {limit:.1f} GiB")
+    if reason := why_apart(trials):
+        print(f"apart, as they differ in {reason}")
+    sys.stdout.flush()
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows under `COLUMNS`, in Markdown."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(COLUMNS))]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _row(pack: Pack) -> list[str]:
+    predicted, measured = pack.predicted, _measured(pack)
+    return [
+        pack.name,
+        str(len(pack.trials)),
+        str(predicted["rank"]),
+        str(predicted["side_by_side"]),
+        f"{100 * (predicted['padding'] or 0):.0f}%",
+        _gib(predicted["memory_bytes"]),
+        _gib(measured.get("memory_bytes")),
+        _seconds(predicted.get("seconds_per_step")),
+        _seconds(measured.get("seconds_per_step")),
+        _seconds(predicted.get("seconds")),
+        _seconds(measured.get("seconds")),
+    ]
+
+
+def _measured(pack: Pack) -> dict[str, Any]:
+    record = read_record(sweep_dir(pack.trials[0]) / PACKS / pack.name)
+    return (record or {}).get("measured") or {}
+
+
+def _gib(number: float | None) -> str:
+    return "" if number is None else f"{number / GIB:.2f} GiB"
+
+
+def _seconds(number: float | None) -> str:
+    return "" if number is None else f"{number:.3g}"

@@ -1,0 +1,177 @@
+"""Which trials of a group go into which pack: rank buckets, pack sizes, lanes side by side."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import jax
+
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
+from lorax.sweep.cost import (
+    GIB,
+    Probe,
+    Size,
+    base_flops,
+    lengths_of,
+    measure_probe,
+    memory_limit,
+    pack_memory,
+    sizes_of,
+    steps_of,
+)
+from lorax.sweep.pack import Pack
+
+CPU_TOKENS = 1024  # side by side: beyond it a CPU's caches overflow (docs/sweeps.md)
+NEGLIGIBLE = 0.05  # padding worth this share of the work is not worth another program
+
+
+def plan_packs(trials: Sequence[TrialConfig], *, with_times: bool = False) -> list[Pack]:
+    """Packs for trials that can share a program.
+
+    Ranks are cut into buckets where padding would cost more than another compilation; each
+    bucket into packs of at most `sweep.max_trials`, of like size; each pack's lanes side by side
+    are lowered until its program fits the memory limit.
+
+    Args:
+      trials: of one group of `group_trials`.
+      with_times: predict times too, which takes the measurement of a step.
+
+    Raises:
+      LoraxError: a single trial that needs more memory than the limit.
+    """
+    if not trials:
+        return []
+    sizes = sizes_of(trials)
+    is_wasteful = _waste(sizes, base_flops(trials[0])) > NEGLIGIBLE
+    probe = measure_probe(trials[0]) if with_times or is_wasteful else None
+    packs = []
+    for bucket in rank_buckets(sizes, _saving(trials[0], probe)):
+        for part in even_parts(bucket, min(trials[n].sweep.max_trials for n in bucket)):
+            chosen = [trials[n] for n in part]
+            packs += _fitting(chosen, [sizes[n] for n in part], probe)
+    return packs
+
+
+def even_parts(items: Sequence[int], most: int) -> list[list[int]]:
+    """Items cut into the fewest parts of at most `most`, of like sizes.
+
+    >>> even_parts(range(7), 3)
+    [[0, 1, 2], [3, 4], [5, 6]]
+    """
+    count = math.ceil(len(items) / most)
+    sizes = [len(items) // count + (n < len(items) % count) for n in range(count)]
+    ends = [sum(sizes[: n + 1]) for n in range(count)]
+    return [list(items[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+def rank_buckets(sizes: Sequence[Size], worth: float) -> list[list[int]]:
+    """Adapters cut into buckets by size, so that padding and compiling together cost least.
+
+    In a bucket every adapter costs what the largest does.
+
+    Args:
+      sizes: of the adapters.
+      worth: what one more program costs, in an adapter's FLOPs a token; infinity: one bucket.
+
+    Returns:
+      Indices, in their order; buckets by ascending size.
+
+    >>> sizes = [Size(rank, 6.0 * rank) for rank in (1, 256, 2, 256)]
+    >>> rank_buckets(sizes, worth=100.0), rank_buckets(sizes, worth=1e9)
+    ([[0, 2], [1, 3]], [[0, 1, 2, 3]])
+    """
+    values = sorted({size.flops for size in sizes})
+    counts = [sum(size.flops == value for size in sizes) for value in values]
+    best: list[tuple[float, list[int]]] = [(0.0, [])]  # of the smallest n: (cost, ends of buckets)
+    for end in range(1, len(values) + 1):
+        options = [
+            (
+                best[start][0] + worth + values[end - 1] * sum(counts[start:end]),
+                [*best[start][1], end],
+            )
+            for start in range(end)
+        ]
+        best.append(min(options) if worth < math.inf else (0.0, [end]))
+    ends = best[-1][1]
+    limits = [values[end - 1] for end in ends]
+    buckets: list[list[int]] = [[] for _ in ends]
+    for n, size in enumerate(sizes):
+        buckets[next(i for i, limit in enumerate(limits) if size.flops <= limit)].append(n)
+    return buckets
+
+
+def _waste(sizes: Sequence[Size], base: float) -> float:
+    """The share of all work that is padding when every adapter is padded to the largest."""
+    largest = max(size.flops for size in sizes)
+    mean = sum(size.flops for size in sizes) / len(sizes)
+    return (largest - mean) / (base + largest)
+
+
+def _saving(trial: TrialConfig, probe: Probe | None) -> float:
+    """One more program's cost in FLOPs a token of one lane: its compilations."""
+    if probe is None:
+        return math.inf
+    shares = lengths_of(trial)
+    programs = 2 * len(shares)  # a step and a prediction for each length
+    tokens = steps_of(trial) * _tokens_per_step(trial)
+    flops_per_second = (base_flops(trial) + probe.adapter_flops) / probe.seconds_per_token
+    return programs * probe.compile_seconds * flops_per_second / tokens
+
+
+def _tokens_per_step(trial: TrialConfig) -> float:
+    shares = lengths_of(trial)
+    return trial.train.batch_size * sum(length * share for length, share in shares.items())
+
+
+def _fitting(
+    trials: Sequence[TrialConfig], sizes: Sequence[Size], probe: Probe | None
+) -> list[Pack]:
+    """One pack, with as few lanes side by side as its memory needs; or two of half the size."""
+    limit, lanes = memory_limit(trials[0]), trials[0].sweep.lanes
+    is_cpu = jax.default_backend() == "cpu"
+    tokens = CPU_TOKENS if is_cpu else 2**62
+    while True:
+        memory, side = pack_memory(trials, tokens_at_once=tokens, lanes=lanes)
+        if memory <= limit:
+            pack = Pack(tuple(trials), tokens, lanes)
+            return [replace(pack, predicted=_predicted(pack, sizes, probe, memory, side))]
+        if side > 1:
+            lanes = side // 2
+        elif len(trials) > 1:
+            half = (len(trials) + 1) // 2
+            return [
+                *_fitting(trials[:half], sizes[:half], probe),
+                *_fitting(trials[half:], sizes[half:], probe),
+            ]
+        else:
+            raise LoraxError(
+                f"one trial of {trials[0].model.name} needs {memory / GIB:.2f} GiB, above the "
+                f"limit of {limit / GIB:.2f} GiB (sweep.memory_limit_gib); lower "
+                "train.batch_size, raise train.grad_accum or lower task.max_length"
+            )
+
+
+def _predicted(
+    pack: Pack, sizes: Sequence[Size], probe: Probe | None, memory: int, side: int
+) -> dict[str, float | int | None]:
+    largest = max(size.flops for size in sizes)
+    trial = pack.trials[0]
+    base = base_flops(trial)
+    facts: dict[str, float | int | None] = {
+        "rank": max(size.rank for size in sizes),
+        "side_by_side": side,
+        "memory_bytes": memory,
+        "steps": steps_of(trial),
+        "padding": _waste(sizes, base),
+    }
+    if probe is None:
+        return facts
+    scale = (base + largest) / (base + probe.adapter_flops)
+    per_step = len(sizes) * scale * probe.seconds_per_token * _tokens_per_step(trial)
+    compile_seconds = probe.compile_seconds * len(lengths_of(trial))
+    return facts | {
+        "seconds_per_step": per_step,
+        "compile_seconds": compile_seconds,
+        "seconds": per_step * steps_of(trial) + compile_seconds,
+    }
