@@ -132,6 +132,14 @@ def pack_memory(
     return cost.memory_bytes, engine.side
 
 
+def trial_memory(trial: TrialConfig) -> int:
+    """Bytes of a trial's own step at the longest length; compiled, and not run."""
+    setup, hyper = prepare(trial), hyper_of(trial)
+    state = init_state(setup.trainable, hyper, setup.dropout_key)
+    batch = dummy_batch(trial, _dataset(trial).edges[-1])
+    return compile_cost(train_step, setup.program, state, setup.frozen, hyper, batch).memory_bytes
+
+
 def memory_limit(trial: TrialConfig) -> int:
     """Bytes that a pack may take: as set, or nine tenths of what the device has."""
     if trial.sweep.memory_limit_gib is not None:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from tqdm.contrib.logging import logging_redirect_tqdm
+
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.sweep.groups import group_trials, why_apart
@@ -40,7 +42,8 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
         packs = packs_to_run(unique)
         if reason := why_apart(pending):
             log.info("%d packs, as their trials differ in %s", len(packs), reason)
-        trained = [run_pack(pack) for pack in packs]
+        with logging_redirect_tqdm():
+            trained = [run_pack(pack) for pack in packs]
         if any(trained):
             continue
         if not is_waiting:

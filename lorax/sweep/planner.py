@@ -19,6 +19,7 @@ from lorax.sweep.cost import (
     pack_memory,
     sizes_of,
     steps_of,
+    trial_memory,
 )
 from lorax.sweep.pack import Pack
 
@@ -132,7 +133,10 @@ def _fitting(
     is_cpu = jax.default_backend() == "cpu"
     tokens = CPU_TOKENS if is_cpu else 2**62
     while True:
-        memory, side = pack_memory(trials, tokens_at_once=tokens, lanes=lanes)
+        if len(trials) == 1:
+            memory, side = trial_memory(trials[0]), 1
+        else:
+            memory, side = pack_memory(trials, tokens_at_once=tokens, lanes=lanes)
         if memory <= limit:
             pack = Pack(tuple(trials), tokens, lanes)
             return [replace(pack, predicted=_predicted(pack, sizes, probe, memory, side))]

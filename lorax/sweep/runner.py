@@ -26,7 +26,15 @@ from lorax.train.restore import CHECKPOINTS, point_to, read_pack
 from lorax.train.results import CUT, write_result
 from lorax.train.setup import hyper_of, load_dataset, prepare
 from lorax.train.step import init_state
-from lorax.train.trial import Start, clean, find_start, open_lane, progress_bar, writing
+from lorax.train.trial import (
+    Start,
+    clean,
+    find_start,
+    open_lane,
+    progress_bar,
+    run_trial,
+    writing,
+)
 from lorax.trial_id import trial_dir, trial_id
 
 log = logging.getLogger(__name__)
@@ -41,6 +49,8 @@ def run_pack(pack: Pack) -> bool:
     Raises:
       LoraxError: a directory that cannot be written; a single trial that does not fit in memory.
     """
+    if len(pack.trials) == 1 and not pack.checkpoints.is_dir():
+        return _run_alone(pack)
     with writing(pack.directory), contextlib.ExitStack() as locks:
         is_known = read_record(pack.directory) is not None
         held = [n for n, trial in enumerate(pack.trials) if _take(trial_dir(trial), locks)]
@@ -51,6 +61,20 @@ def run_pack(pack: Pack) -> bool:
             _train_fitting(pack)
         else:
             _train_fitting(replace(pack, trials=tuple(pack.trials[n] for n in opened)))
+    return True
+
+
+def _run_alone(pack: Pack) -> bool:
+    """A pack of one trial needs no lanes."""
+    try:
+        result = run_trial(pack.trials[0])
+    except BusyError:
+        return False
+    with writing(pack.directory):
+        names = {"seconds": "seconds_total", "memory_bytes": "step_memory_bytes"}
+        same = ("seconds_per_step", "compile_seconds", "peak_rss_bytes")
+        measured = {name: result[names.get(name, name)] for name in (*names, *same)}
+        write_record(pack, is_over=True, measured=measured)
     return True
 
 

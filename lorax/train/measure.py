@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 KEEP_STEPS = 128
+_COMPILED: dict[Any, "StepCost"] = {}  # as the jitted functions' own caches, for the process
 
 
 @dataclass
@@ -120,16 +121,26 @@ class Meter:
 def compile_cost(jitted: Any, *args: Any, lanes: int = 1) -> StepCost:
     """Compile for the arguments' shapes; a later plain call finds the same executable.
 
+    Asked again for the same shapes, it costs nothing and says so.
+
     Args:
-      jitted: a jitted function.
+      jitted: a module-level jitted function.
       *args: its arguments.
       lanes: how many lanes' steps the program's FLOPs are counted for.
     """
+    key = jitted, jax.tree.structure(args), *map(_shape_of, jax.tree.leaves(args))
+    if key in _COMPILED:
+        return replace(_COMPILED[key], compile_seconds=0.0)
     start = time.perf_counter()
     compiled = jitted.lower(*args).compile()
     seconds = time.perf_counter() - start
     flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-    return StepCost(seconds, float(flops) / lanes, program_bytes(compiled))
+    _COMPILED[key] = StepCost(seconds, float(flops) / lanes, program_bytes(compiled))
+    return _COMPILED[key]
+
+
+def _shape_of(leaf: Any) -> Any:
+    return (np.shape(leaf), leaf.dtype) if hasattr(leaf, "dtype") else leaf
 
 
 def program_bytes(compiled: Any) -> int:
