@@ -12,7 +12,7 @@ from lorax.sweep import hydra_main
 from lorax.sweep.serial import objective, run_and_tell
 
 
-def finetune(trial: TrialConfig) -> float | None:
+def finetune(trial: TrialConfig) -> float:
     """Run a trial; the best value of the task's main metric, for a sweeper to maximise."""
     return objective(run_and_tell(trial))
 

@@ -14,7 +14,7 @@ import numpy as np
 from lorax import data
 from lorax.config import TrialConfig
 from lorax.lora.paths import leaves_by_path
-from lorax.sweep.engine import PackEngine
+from lorax.sweep.engine import PackEngine, mesh_of
 from lorax.train.measure import compile_cost
 from lorax.train.setup import Dataset, hyper_of, load_dataset, prepare
 from lorax.train.step import init_state, train_step
@@ -125,6 +125,7 @@ def pack_memory(
         [states[key] for key in keys],
         tokens_at_once=tokens_at_once,
         lanes=lanes,
+        mesh=mesh_of(trials[0]),
     )
     length = _dataset(trials[0]).edges[-1]
     batch = dummy_batch(trials[0], length)

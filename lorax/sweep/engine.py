@@ -6,11 +6,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
 from lorax.lora import stack, union, unstack
 from lorax.sweep.program import Packed, packed_predict, packed_step
 from lorax.train.engine import HostBatch
 from lorax.train.measure import StepCost, compile_cost
+from lorax.train.mesh import (
+    make_mesh,
+    padded,
+    shard_base,
+    shard_batch,
+    shard_lanes,
+    shard_rows,
+    to_host,
+)
 from lorax.train.optimizer import Hyper
 from lorax.train.setup import Setup
 from lorax.train.step import Frozen, State
@@ -24,9 +36,11 @@ class PackEngine:
       states: where each trial stands, in its own shapes.
       tokens_at_once: as many lanes are computed side by side as have this many tokens together.
       lanes: computes so many side by side, whatever their tokens.
+      mesh: the devices; None for one.
 
     Attributes:
       state: stacked, ranks and targets zero-padded; donated to every step.
+      side: lanes that a device computes side by side in the program last asked for.
     """
 
     def __init__(
@@ -36,21 +50,31 @@ class PackEngine:
         *,
         tokens_at_once: int,
         lanes: int | None = None,
+        mesh: Mesh | None = None,
     ):
-        self.program = setups[0].program
+        self.program, self.mesh, self.side = setups[0].program, mesh, 1
         self.tokens_at_once, self.lanes = tokens_at_once, lanes
         self._shapes = [jax.tree.map(_shape, state) for state in states]
+        self._costs: dict[tuple[int, int], StepCost] = {}
         like = stacked_like(self._shapes)
-        self.state: State = jax.tree.map(jnp.asarray, stack(states, like))
         adapter = jax.tree.map(lambda _: None, like.trainable["lora"])
         params = {"base": setups[0].frozen.params["base"], "lora": adapter}
         scales = {
-            path: jnp.asarray([s.frozen.scales.get(path, 0.0) for s in setups], jnp.float32)
+            path: np.asarray([s.frozen.scales.get(path, 0.0) for s in setups], np.float32)
             for path in like.trainable["lora"]
         }
-        self.frozen = Frozen(params, scales)
-        self._costs: dict[tuple[int, int], StepCost] = {}
-        self.side = 1  # of the program last asked for
+        self._params = shard_base(params, mesh) if mesh else params
+        self._place(stack(states, like), scales)
+
+    def _place(self, state: Any, scales: Any) -> None:
+        self.state: State = self._lanes(state)
+        self.frozen = Frozen(self._params, self._lanes(scales))
+
+    def _lanes(self, tree: Any) -> Any:
+        return shard_lanes(tree, self.mesh) if self.mesh else jax.tree.map(jnp.asarray, tree)
+
+    def _host(self, tree: Any) -> Any:
+        return to_host(tree, self.count) if self.mesh else jax.tree.map(np.asarray, tree)
 
     @property
     def count(self) -> int:
@@ -69,29 +93,40 @@ class PackEngine:
         key = batches[0]["input_ids"].shape[1], self.count
         is_new = key not in self._costs
         if is_new:
+            packed = self._packed(batches[0]["input_ids"].shape)
             arguments = self._arguments(hypers, batches)
-            self._costs[key] = compile_cost(
-                packed_step, *arguments, lanes=_counted(self.count, self.side)
-            )
+            lanes = _counted(self._lanes_a_device, self.side)
+            self._costs[key] = compile_cost(packed_step(packed), *arguments, lanes=lanes)
         return self._costs[key], is_new
 
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
         """See `lorax.train.engine.Engine`."""
-        self.state, losses = packed_step(*self._arguments(hypers, batches))
+        packed = self._packed(batches[0]["input_ids"].shape)
+        self.state, losses = packed_step(packed)(*self._arguments(hypers, batches))
         return losses
 
-    def predict(self, batch: HostBatch) -> jax.Array:
+    def read(self, losses: jax.Array) -> np.ndarray:
+        """See `lorax.train.engine.Engine`."""
+        return self._host(losses)
+
+    def predict(self, batch: HostBatch) -> Any:
         """See `lorax.train.engine.Engine`."""
         packed = self._packed(batch["input_ids"].shape)
-        return packed_predict(packed, self.state.trainable, self.frozen, batch)
+        rows = shard_rows(batch, self.mesh) if self.mesh else batch
+        outputs = packed_predict(packed)(self.state.trainable, self.frozen, rows)
+        return self._host(outputs) if self.mesh else outputs
 
     def trainable(self, lane: int) -> Any:
         """See `lorax.train.engine.Engine`."""
-        return unstack(self.state.trainable, lane, self._shapes[lane].trainable)
+        return unstack(self._host(self.state.trainable), lane, self._shapes[lane].trainable)
+
+    def host_state(self) -> State:
+        """All lanes' states, stacked, on the host."""
+        return self._host(self.state)
 
     def state_of(self, lane: int) -> State:
         """A lane's whole state, on the host, in its own shapes."""
-        return unstack(self.state, lane, self._shapes[lane])
+        return unstack(self.host_state(), lane, self._shapes[lane])
 
     def stack_trainables(self, trees: Sequence[Any]) -> Any:
         """One trainable part a lane, as a checkpoint of the pack holds them."""
@@ -100,22 +135,27 @@ class PackEngine:
 
     def keep(self, lanes: Sequence[int]) -> None:
         """Go on with these lanes only, in this order: a smaller program."""
-        chosen = np.asarray(lanes)
+        both = self._host((self.state, self.frozen.scales))
         self._shapes = [self._shapes[n] for n in lanes]
-        self.state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[chosen]), self.state)
-        scales = {path: scale[chosen] for path, scale in self.frozen.scales.items()}
-        self.frozen = self.frozen._replace(scales=scales)
+        self._place(*jax.tree.map(lambda x: x[np.asarray(lanes)], both))
 
     def _arguments(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> tuple[Any, ...]:
         hyper = Hyper(*(np.stack(values) for values in zip(*hypers, strict=True)))
         batch = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
-        packed = self._packed(batches[0]["input_ids"].shape)
-        return packed, self.state, self.frozen, hyper, batch
+        if self.mesh:
+            hyper, batch = shard_lanes(hyper, self.mesh), shard_batch(batch, self.mesh)
+        return self.state, self.frozen, hyper, batch
+
+    @property
+    def _lanes_a_device(self) -> int:
+        return (
+            padded(self.count, self.mesh) // self.mesh.shape["trial"] if self.mesh else self.count
+        )
 
     def _packed(self, shape: tuple[int, ...]) -> Packed:
         wanted = self.lanes or self.tokens_at_once // (shape[0] * shape[1])
-        self.side = even_share(self.count, wanted)
-        return Packed(self.program, self.side)
+        self.side = even_share(self._lanes_a_device, wanted)
+        return Packed(self.program, self.side, self.mesh)
 
 
 def stacked_like(states: Sequence[Any]) -> State:
@@ -138,6 +178,29 @@ def stacked_like(states: Sequence[Any]) -> State:
         is_leaf=is_trainable,
     )
     return states[0]._replace(trainable=like, opt_state=opt_state)
+
+
+def mesh_of(trial: TrialConfig) -> Mesh | None:
+    """The mesh that a trial's sweep asks for; None where there is a single device.
+
+    Raises:
+      LoraxError: sizes that are not those of the devices, or that do not divide the batches.
+    """
+    sizes = trial.sweep.mesh
+    if jax.device_count() == 1 and (sizes.trial or 1) == sizes.data == sizes.fsdp == 1:
+        return None
+    mesh = make_mesh(sizes.trial, sizes.data, sizes.fsdp)
+    devices, train = sizes.data * sizes.fsdp, trial.train
+    for name, rows in (
+        ("train.batch_size / train.grad_accum", train.batch_size // train.grad_accum),
+        ("train.eval_batch_size", train.eval_batch_size),
+    ):
+        if rows % devices:
+            raise LoraxError(
+                f"{name} = {rows} does not divide over sweep.mesh.data={sizes.data} x "
+                f"sweep.mesh.fsdp={sizes.fsdp}"
+            )
+    return mesh
 
 
 def even_share(count: int, wanted: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,31 @@ def group_trials(trials: Sequence[TrialConfig]) -> list[list[int]]:
         key = json.dumps(program_settings(trial), sort_keys=True)
         groups.setdefault(key, []).append(n)
     return list(groups.values())
+
+
+def group_for_jobs(trials: Sequence[TrialConfig]) -> list[list[int]]:
+    """As `group_trials`, in parts of at most `sweep.max_trials`: a job of a cluster each.
+
+    It needs neither weights nor devices, so that a login node can do it; each job plans what it
+    gets on its own device.
+    """
+    return [
+        part
+        for group in group_trials(trials)
+        for part in even_parts(group, min(trials[n].sweep.max_trials for n in group))
+    ]
+
+
+def even_parts(items: Sequence[int], most: int) -> list[list[int]]:
+    """Items cut into the fewest parts of at most `most`, of like sizes.
+
+    >>> even_parts(range(7), 3)
+    [[0, 1, 2], [3, 4], [5, 6]]
+    """
+    count = math.ceil(len(items) / most)
+    sizes = [len(items) // count + (n < len(items) % count) for n in range(count)]
+    ends = [sum(sizes[: n + 1]) for n in range(count)]
+    return [list(items[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def why_apart(trials: Sequence[TrialConfig]) -> str:

@@ -6,10 +6,9 @@ from typing import Any
 
 from hydra.core.utils import JobReturn
 
-from lorax.config import TrialConfig
 from lorax.sweep.cli import config_of
 from lorax.sweep.packed import run_packed
-from lorax.sweep.plan_table import print_plan
+from lorax.sweep.plan_table import show_plan_if_asked
 from lorax.sweep.serial import check_trials, objective, summary_line, sweep_bar
 from lorax.trial_id import trial_id
 
@@ -45,7 +44,7 @@ def launch(
 
 def launch_packed(
     compose: Compose, job_overrides: Sequence[Sequence[str]]
-) -> Callable[[Any], float | None]:
+) -> Callable[[Any], float]:
     """Train all of a sweep's trials in packs.
 
     Args:
@@ -61,20 +60,11 @@ def launch_packed(
       SystemExit: after a plan has been printed.
     """
     trials = [config_of(compose(overrides)) for overrides in job_overrides]
-    return recall_of(trials, lambda: run_packed(trials))
-
-
-def recall_of(
-    trials: Sequence[TrialConfig], run: Callable[[], Sequence[dict[str, Any]]]
-) -> Callable[[Any], float | None]:
-    """The task function of `launch_packed`, for any way to run the trials."""
-    if any(trial.sweep.plan for trial in trials):
-        print_plan(trials)
-        raise SystemExit(0)
+    show_plan_if_asked(trials)
     ids = [trial_id(trial) for trial in trials]
-    results = dict(zip(ids, run(), strict=True))
+    results = dict(zip(ids, run_packed(trials), strict=True))
 
-    def recall(config: Any) -> float | None:
+    def recall(config: Any) -> float:
         result = results[trial_id(config_of(config))]
         log.info(summary_line(result))
         return objective(result)

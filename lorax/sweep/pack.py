@@ -1,7 +1,9 @@
 """A pack: trials that share one program, and what the disk knows of it."""
 
+import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import Any
 
 from lorax.checkpoint import write_json
 from lorax.config import TrialConfig
+from lorax.lock import BusyError, locked
+from lorax.train.restore import CHECKPOINTS, pointed_to
 from lorax.train.results import finished_result, read_result
 from lorax.trial_id import sweep_dir, trial_dir, trial_id
 
 PACKS = "packs"
+RECORD = {"trials", "tokens_at_once", "lanes", "predicted"}
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Pack:
 
     @property
     def name(self) -> str:
-        """What decides its numbers to the bit: trials, order and program."""
-        content = json.dumps([self.ids, self.tokens_at_once, self.lanes])
+        """Its trials, in order; how many are side by side may change while it runs."""
+        content = json.dumps(self.ids)
         return f"{len(self.trials)}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     @property
@@ -69,17 +74,18 @@ def write_record(pack: Pack, **more: Any) -> None:
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a pack; None without a readable one."""
     try:
-        return json.loads((directory / "pack.json").read_text())
+        record = json.loads((directory / "pack.json").read_text())
     except (OSError, ValueError):
         return None
+    is_whole = isinstance(record, dict) and record.keys() >= RECORD
+    return record if is_whole else None
 
 
 def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
     """The packs on disk that were cut short and whose trials are all asked for again."""
     asked = {trial_id(trial): trial for trial in trials}
-    folders = {sweep_dir(trial) / PACKS for trial in trials}
     packs = []
-    for folder in sorted(path for parent in folders for path in parent.glob("*") if path.is_dir()):
+    for folder in _folders(trials):
         record = read_record(folder)
         if record is None or record.get("is_over") or not asked.keys() >= set(record["trials"]):
             continue
@@ -88,6 +94,27 @@ def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
         if pack.directory == folder and any(is_open(trial) for trial in members):
             packs.append(pack)
     return packs
+
+
+def tidy(trials: Sequence[TrialConfig]) -> None:
+    """Remove checkpoints that no trial goes on from, as a kill just before a pack's end leaves."""
+    for folder in _folders(trials):
+        checkpoints = folder / CHECKPOINTS
+        if checkpoints.is_dir() and not _is_needed(checkpoints):
+            with contextlib.suppress(BusyError), locked(folder):
+                shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _is_needed(checkpoints: Path) -> bool:
+    folder = checkpoints.absolute().parent
+    names = set((read_record(folder) or {"trials": []})["trials"])
+    opened = [path for path in folder.parents[1].iterdir() if not (path / "result.json").exists()]
+    return any(path.name in names or pointed_to(path) == folder / CHECKPOINTS for path in opened)
+
+
+def _folders(trials: Sequence[TrialConfig]) -> list[Path]:
+    parents = {sweep_dir(trial) / PACKS for trial in trials}
+    return sorted(path for parent in parents for path in parent.glob("*") if path.is_dir())
 
 
 def is_open(trial: TrialConfig) -> bool:

@@ -9,6 +9,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
+from lorax.sweep.engine import mesh_of
 from lorax.sweep.groups import group_trials, why_apart
 from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs
 from lorax.sweep.planner import plan_packs
@@ -70,6 +71,7 @@ def check_sweep(trials: Sequence[TrialConfig]) -> None:
     """
     for trial in trials:
         sweep = trial.sweep
+        mesh_of(trial)
         if (sweep.halving, sweep.mesh) != (trials[0].sweep.halving, trials[0].sweep.mesh):
             raise LoraxError("sweep.halving and sweep.mesh must be the same for all trials")
         for name, value in (

@@ -28,6 +28,17 @@ COLUMNS = (
 )
 
 
+def show_plan_if_asked(trials: Sequence[TrialConfig]) -> None:
+    """With `sweep.plan=true`, print the plan and end the process.
+
+    Raises:
+      SystemExit: status 0, when it was asked for.
+    """
+    if any(trial.sweep.plan for trial in trials):
+        print_plan(trials)
+        raise SystemExit(0)
+
+
 def print_plan(trials: Sequence[TrialConfig]) -> None:
     """Print the plan of all trials, ended ones included, with what was measured in earlier runs.
 

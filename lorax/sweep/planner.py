@@ -21,6 +21,7 @@ from lorax.sweep.cost import (
     steps_of,
     trial_memory,
 )
+from lorax.sweep.groups import even_parts
 from lorax.sweep.pack import Pack
 
 CPU_TOKENS = 1024  # side by side: beyond it a CPU's caches overflow (docs/sweeps.md)
@@ -52,18 +53,6 @@ def plan_packs(trials: Sequence[TrialConfig], *, with_times: bool = False) -> li
             chosen = [trials[n] for n in part]
             packs += _fitting(chosen, [sizes[n] for n in part], probe)
     return packs
-
-
-def even_parts(items: Sequence[int], most: int) -> list[list[int]]:
-    """Items cut into the fewest parts of at most `most`, of like sizes.
-
-    >>> even_parts(range(7), 3)
-    [[0, 1, 2], [3, 4], [5, 6]]
-    """
-    count = math.ceil(len(items) / most)
-    sizes = [len(items) // count + (n < len(items) % count) for n in range(count)]
-    ends = [sum(sizes[: n + 1]) for n in range(count)]
-    return [list(items[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def rank_buckets(sizes: Sequence[Size], worth: float) -> list[list[int]]:

@@ -1,71 +1,73 @@
 """The packed programs: one optimizer step, or one forward pass, of many trials at once.
 
-Both are module-level jitted functions, as in `lorax.train.step`. State, scales, hyperparameters
-and batches have a leading axis of K lanes; the frozen base has none, and is shared.
+State, scales, hyperparameters and batches have a leading axis of K lanes; the frozen base has
+none, and is shared. On a mesh the lanes are spread over its `trial` axis.
 """
 
-from collections.abc import Callable
-from functools import partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
+from lorax.train.mesh import jit_lanes, map_lanes
 from lorax.train.optimizer import Hyper
 from lorax.train.step import Batch, Frozen, Program, State, forward, optimizer_step
 
 
-def over_lanes(step: Callable[[Any], Any], lanes: Any, side_by_side: int) -> Any:
-    """`step` of every lane, `side_by_side` of them vectorised, the batches of them in sequence.
+class Packed(NamedTuple):
+    """The static part of a pack.
 
     Few lanes side by side keep temporaries small, which is what a CPU's caches want; an
     accelerator wants as many as its memory holds. The numbers are the same.
 
-    Args:
-      step: from one lane's arrays to its results.
-      lanes: a pytree whose leaves have a leading axis of K lanes.
-      side_by_side: at least 1.
+    Attributes:
+      program: what its lanes have in common.
+      side_by_side: lanes that a device vectorises; the others follow one part after another.
+      mesh: where they run; None is one device.
     """
-    count = jax.tree.leaves(lanes)[0].shape[0]
-    if side_by_side >= count:
-        return jax.vmap(step)(lanes)
-    return jax.lax.map(step, lanes, batch_size=side_by_side)
-
-
-class Packed(NamedTuple):
-    """The static part of a pack: what its lanes have in common, and see `over_lanes`."""
 
     program: Program
     side_by_side: int
+    mesh: Mesh | None = None
 
 
-@partial(jax.jit, static_argnames="packed", donate_argnames="state")
-def packed_step(
-    packed: Packed, state: State, frozen: Frozen, hyper: Hyper, batch: Batch
-) -> tuple[State, jax.Array]:
-    """One optimizer step of each lane: (new states, mean losses (K,)).
+@cache
+def packed_step(packed: Packed) -> Any:
+    """One optimizer step of each lane, compiled.
 
-    Args:
-      packed: the static part.
-      state: stacked, (K, ...); donated.
-      frozen: parameters without a lane axis; each target's scale, (K,), 0 where a lane does not
-        adapt it.
-      hyper: (K,) each.
-      batch: (K, B, T) and (K, B).
+    Returns:
+      (state, frozen, hyper, batch) -> (new states, mean losses (K,)). States are stacked,
+      (K, ...), and donated; `frozen` has parameters without a lane axis, and scales (K,), 0
+      where a lane does not adapt a target; hyper is (K,) each; batches are (K, B, T) and (K, B).
     """
 
-    def step(lane: tuple[Any, ...]) -> tuple[State, jax.Array]:
+    def one(params: Any, lane: tuple[Any, ...]) -> tuple[State, jax.Array]:
         state, scales, hyper, batch = lane
-        return optimizer_step(packed.program, state, frozen._replace(scales=scales), hyper, batch)
+        return optimizer_step(packed.program, state, Frozen(params, scales), hyper, batch)
 
-    return over_lanes(step, (state, frozen.scales, hyper, batch), packed.side_by_side)
+    def step(state: State, frozen: Frozen, hyper: Hyper, batch: Batch) -> tuple[State, jax.Array]:
+        lanes = state, frozen.scales, hyper, batch
+        return map_lanes(one, frozen.params, lanes, mesh=packed.mesh, chunk=packed.side_by_side)
+
+    return jit_lanes(step, packed.mesh, donate_argnums=0)
 
 
-@partial(jax.jit, static_argnames="packed")
-def packed_predict(packed: Packed, trainable: Any, frozen: Frozen, batch: Batch) -> jax.Array:
-    """Each lane's outputs for the same batch: (K, B, outputs)."""
+@cache
+def packed_predict(packed: Packed) -> Any:
+    """The outputs of each lane for the same batch, compiled.
 
-    def predict(lane: tuple[Any, Any]) -> jax.Array:
+    Returns:
+      (trainable, frozen, batch) -> outputs (K, B, outputs); the batch has no lane axis.
+    """
+
+    def one(shared: tuple[Any, Batch], lane: tuple[Any, Any]) -> jax.Array:
+        params, batch = shared
         trainable, scales = lane
-        return forward(packed.program, trainable, frozen._replace(scales=scales), batch)
+        return forward(packed.program, trainable, Frozen(params, scales), batch)
 
-    return over_lanes(predict, (trainable, frozen.scales), packed.side_by_side)
+    def predict(trainable: Any, frozen: Frozen, batch: Batch) -> jax.Array:
+        shared, lanes = (frozen.params, batch), (trainable, frozen.scales)
+        return map_lanes(one, shared, lanes, mesh=packed.mesh, chunk=packed.side_by_side)
+
+    return jit_lanes(predict, packed.mesh)

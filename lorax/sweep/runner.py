@@ -14,18 +14,19 @@ import jax
 import numpy as np
 
 from lorax.checkpoint import Checkpoints
+from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
-from lorax.sweep.engine import PackEngine
+from lorax.sweep.engine import PackEngine, mesh_of
 from lorax.sweep.halving import judge
-from lorax.sweep.pack import Pack, ended_result, read_record, write_record
-from lorax.train.lane import Lane, Progress
+from lorax.sweep.pack import Pack, is_open, read_record, write_record
+from lorax.sweep.standing import beginning, checkpoint_of, members_of, start_in, step_of
+from lorax.train.lane import Lane
 from lorax.train.loop import Loop
-from lorax.train.measure import Meter, peak_rss, reset_peak_rss
-from lorax.train.restore import CHECKPOINTS, point_to, read_pack
-from lorax.train.results import CUT, write_result
-from lorax.train.setup import hyper_of, load_dataset, prepare
-from lorax.train.step import init_state
+from lorax.train.measure import peak_rss, reset_peak_rss
+from lorax.train.restore import CHECKPOINTS, POINTER, own_steps, point_to
+from lorax.train.results import finished_result, write_result
+from lorax.train.setup import load_dataset
 from lorax.train.trial import (
     Start,
     clean,
@@ -52,16 +53,15 @@ def run_pack(pack: Pack) -> bool:
     if len(pack.trials) == 1 and not pack.checkpoints.is_dir():
         return _run_alone(pack)
     with writing(pack.directory), contextlib.ExitStack() as locks:
-        is_known = read_record(pack.directory) is not None
-        held = [n for n, trial in enumerate(pack.trials) if _take(trial_dir(trial), locks)]
-        opened = [n for n in held if ended_result(pack.trials[n]) is None]
-        if not opened:
+        if not _take(pack.directory, locks):
             return False
-        if is_known and len(held) == len(pack.trials):
+        held = [trial for trial in pack.trials if _take(trial_dir(trial), locks)]
+        opened = tuple(trial for trial in held if is_open(trial))
+        if opened and len(held) == len(pack.trials) and read_record(pack.directory):
             _train_fitting(pack)
-        else:
-            _train_fitting(replace(pack, trials=tuple(pack.trials[n] for n in opened)))
-    return True
+        elif opened:
+            _train_fitting(replace(pack, trials=opened))
+    return bool(opened)
 
 
 def _run_alone(pack: Pack) -> bool:
@@ -70,6 +70,10 @@ def _run_alone(pack: Pack) -> bool:
         result = run_trial(pack.trials[0])
     except BusyError:
         return False
+    except (jax.errors.JaxRuntimeError, MemoryError) as fault:
+        if not is_out_of_memory(fault):
+            raise
+        raise _too_large(pack) from fault
     with writing(pack.directory):
         names = {"seconds": "seconds_total", "memory_bytes": "step_memory_bytes"}
         same = ("seconds_per_step", "compile_seconds", "peak_rss_bytes")
@@ -88,26 +92,29 @@ def _take(directory: Path, locks: contextlib.ExitStack) -> bool:
 
 
 def _train_fitting(pack: Pack) -> None:
-    """Train a pack; one that runs out of memory goes on in smaller ones, from where it stood."""
+    """Train a pack; one that runs out of memory goes on with less at once, from where it stood."""
     side = _out_of_memory_side(pack)
     if side is None:
         return
     gc.collect()
     smaller = smaller_packs(pack, side)
-    write_record(pack, is_over=True)
+    is_split = smaller[0].name != pack.name
     log.warning(
         "pack %s ran out of memory with %d trials side by side: going on with %s",
         pack.name,
         side,
-        f"{smaller[0].lanes} side by side" if len(smaller) == 1 else "two packs of half the size",
+        "packs of half the size" if is_split else f"{smaller[0].lanes} side by side",
     )
+    if is_split:
+        write_record(pack, is_over=True)
     for part in smaller:
         _train_fitting(part)
-    shutil.rmtree(pack.checkpoints, ignore_errors=True)
+    if is_split:
+        shutil.rmtree(pack.checkpoints, ignore_errors=True)
 
 
 def smaller_packs(pack: Pack, side: int) -> list[Pack]:
-    """What a pack is split into that ran out of memory with `side` lanes side by side.
+    """What goes on in place of a pack that ran out of memory with `side` lanes side by side.
 
     Raises:
       LoraxError: a single trial.
@@ -115,72 +122,93 @@ def smaller_packs(pack: Pack, side: int) -> list[Pack]:
     if side > 1:
         return [replace(pack, lanes=side // 2)]
     if len(pack.trials) == 1:
-        raise LoraxError(
-            f"trial {pack.ids[0]} does not fit in memory even alone; lower train.batch_size, "
-            "raise train.grad_accum or lower task.max_length"
-        )
-    half = (len(pack.trials) + 1) // 2
-    parts = pack.trials[:half], pack.trials[half:]
-    return [replace(pack, trials=part, lanes=1) for part in parts]
+        raise _too_large(pack)
+    opened = [trial for trial in pack.trials if is_open(trial)]
+    half = (len(opened) + 1) // 2
+    parts = opened[:half], opened[half:]
+    return [replace(pack, trials=tuple(part), lanes=1) for part in parts if part]
+
+
+def _too_large(pack: Pack) -> LoraxError:
+    return LoraxError(
+        f"trial {pack.ids[0]} does not fit in memory even alone; lower train.batch_size, "
+        "raise train.grad_accum or lower task.max_length"
+    )
 
 
 def _out_of_memory_side(pack: Pack) -> int | None:
     """None when the pack is over; else how many lanes side by side were too many."""
-    members, starts = _starts(pack)
-    steps = sorted({start.progress.step for start in starts if start is not None})
+    if found := checkpoint_of(pack):
+        members = members_of(pack, found)
+        if any(is_open(trial) for trial in members):
+            starts = [start_in(pack, found, trial) for trial in members]
+            return _train(pack, members, starts, step_of(found))
+        _close(pack)
+        return None
+    packs: dict[Path, Any] = {}
+    starts = [
+        find_start(trial, trial_dir(trial), packs) if is_open(trial) else beginning(trial)
+        for trial in pack.trials
+    ]
+    opened = [pair for pair in zip(pack.trials, starts, strict=True) if is_open(pair[0])]
+    steps = sorted({start.progress.step for _, start in opened})
     if len(steps) == 1:
-        return _train(pack, members, starts, steps[0])
+        shutil.rmtree(pack.checkpoints, ignore_errors=True)  # of trials that are elsewhere now
+        return _train(pack, pack.trials, starts, steps[0])
     for step in steps:  # trials that come from different places go on in packs of their own
-        chosen = [s is not None and s.progress.step == step for s in starts]
-        trials = tuple(t for t, is_chosen in zip(members, chosen, strict=True) if is_chosen)
-        part = replace(pack, trials=trials)
-        own = [s for s, is_chosen in zip(starts, chosen, strict=True) if is_chosen]
-        side = _train(part, trials, own, step)
-        if side is not None:
-            for smaller in smaller_packs(part, side):
-                _train_fitting(smaller)
+        part = tuple(trial for trial, start in opened if start.progress.step == step)
+        _train_fitting(replace(pack, trials=part))
     return None
 
 
-def _starts(pack: Pack) -> tuple[tuple[Any, ...], list[Start | None]]:
-    """(trials of the lanes, where each goes on from; None for one that has ended)."""
-    packs: dict[Path, Any] = {}
-    members, step = pack.trials, 0
-    if pack.checkpoints.is_dir():
-        packs[pack.checkpoints.absolute()] = found = read_pack(pack.checkpoints)
-        if found:  # a pack may have shrunk since it began
-            place = {name: lane["index"] for name, lane in found[1]["lanes"].items()}
-            kept = [trial for trial in members if trial_id(trial) in place]
-            members = tuple(sorted(kept, key=lambda trial: place[trial_id(trial)]))
-            step = max(lane["progress"]["step"] for lane in found[1]["lanes"].values())
-    return members, [_start(trial, step, packs) for trial in members]
-
-
-def _start(trial: Any, step: int, packs: dict[Path, Any]) -> Start | None:
-    directory, result = trial_dir(trial), ended_result(trial)
-    if result and not (result["status"] == CUT and result["steps"] > step):
-        return None
-    if result:  # cut after the checkpoint that its pack goes on from: it will be cut again
-        (directory / "result.json").unlink()
-    return find_start(trial, directory, packs)
-
-
 def _train(
-    pack: Pack, members: Sequence[Any], starts: Sequence[Start | None], step: int
+    pack: Pack, members: Sequence[TrialConfig], starts: Sequence[Start], step: int
 ) -> int | None:
     reset_peak_rss()
-    lanes, states = _lanes(members, starts)
-    engine = PackEngine(
-        [lane.setup for lane in lanes],
-        states,
-        tokens_at_once=pack.tokens_at_once,
-        lanes=pack.lanes,
-    )
+    lanes = [_lane(trial, start) for trial, start in zip(members, starts, strict=True)]
+    for lane in lanes:
+        lane.meter.share(len(lanes))
     write_record(pack)
     checkpoints = Checkpoints(pack.checkpoints)
     if step:
         log.info("pack %s goes on from step %d of %d", pack.name, step, lanes[0].total_steps)
-    loop = Loop(
+    started, engine = time.perf_counter(), None
+    try:
+        engine = _engine(pack, starts)
+        loop = _loop(lanes, engine, checkpoints, step)
+        with progress_bar(members, loop) as bar:
+            loop.run(bar)
+    except (jax.errors.JaxRuntimeError, MemoryError) as fault:
+        if not is_out_of_memory(fault):
+            raise
+        return engine.side if engine else 1
+    finally:
+        checkpoints.close()
+        for lane in lanes:
+            if not lane.has_ended:
+                lane.tracker.close()
+    _close(pack, measured=_measured(engine, loop, started))
+    return None
+
+
+def _close(pack: Pack, **more: Any) -> None:
+    """A pack is over: its trials have results of their own."""
+    write_record(pack, is_over=True, **more)
+    shutil.rmtree(pack.checkpoints, ignore_errors=True)
+
+
+def _engine(pack: Pack, starts: Sequence[Start]) -> PackEngine:
+    return PackEngine(
+        [start.setup for start in starts],
+        [start.state for start in starts],
+        tokens_at_once=pack.tokens_at_once,
+        lanes=pack.lanes,
+        mesh=mesh_of(pack.trials[0]),
+    )
+
+
+def _loop(lanes: Sequence[Lane], engine: PackEngine, checkpoints: Checkpoints, step: int) -> Loop:
+    return Loop(
         lanes[0].dataset,
         lanes,
         engine,
@@ -189,55 +217,23 @@ def _train(
         end=lambda loop, lane: _end(loop, engine, lane),
         judge=lambda loop: judge(loop, engine),
     )
-    started = time.perf_counter()
-    try:
-        with progress_bar(members, loop) as bar:
-            loop.run(bar)
-    except (jax.errors.JaxRuntimeError, MemoryError) as fault:
-        if not is_out_of_memory(fault):
-            raise
-        return engine.side
-    finally:
-        checkpoints.close()
-        for lane in lanes:
-            if not lane.has_ended:
-                lane.tracker.close()
-    write_record(pack, is_over=True, measured=_measured(engine, loop, started))
-    shutil.rmtree(pack.checkpoints, ignore_errors=True)
-    return None
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
     """Whether a fault of the runtime or of Python says that memory ran out."""
-    return isinstance(fault, MemoryError) or "RESOURCE_EXHAUSTED" in str(fault)
+    text = str(fault)
+    is_told = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    return isinstance(fault, MemoryError) or is_told
 
 
-def _lanes(members: Sequence[Any], starts: Sequence[Start | None]) -> tuple[list[Lane], list[Any]]:
-    lanes, states = [], []
-    for trial, start in zip(members, starts, strict=True):
-        if start is None:
-            lane, state = _ghost(trial)
-        else:
-            lane, state = open_lane(trial, trial_dir(trial), start), start.state
-        lane.meter.share(len(members))
-        lanes.append(lane)
-        states.append(state)
-    return lanes, states
-
-
-def _ghost(trial: Any) -> tuple[Lane, Any]:
-    """A lane whose trial has ended: computed for its place in the program, and recorded nowhere."""
-    setup = prepare(trial)
-    state = init_state(setup.trainable, hyper_of(trial), setup.dropout_key)
-    result = ended_result(trial)
-    assert result is not None
-    names = ("best", "last", "reason", "stopped_early", "cut")
-    progress = Progress(result["steps"], **{name: result[name] for name in names})
-    best = jax.tree.map(np.asarray, state.trainable)
+def _lane(trial: TrialConfig, start: Start) -> Lane:
+    """A trial's lane; one that has ended is computed for its place, and recorded nowhere."""
+    directory = trial_dir(trial)
+    if is_open(trial):
+        return open_lane(trial, directory, start)
     dataset = load_dataset(trial.task, trial.model, trial.train.max_shapes)
-    lane = Lane(trial, trial_dir(trial), setup, dataset, _Silent(), best, progress, Meter())
-    lane.has_ended = True
-    return lane, state
+    _, _, best, progress, meter = start
+    return Lane(trial, directory, start.setup, dataset, _Silent(), best, progress, meter)
 
 
 class _Silent:
@@ -259,21 +255,28 @@ def _save(loop: Loop, engine: PackEngine, checkpoints: Checkpoints) -> None:
     record = {
         trial_id(lane.config): {"index": n, **lane.record()} for n, lane in enumerate(loop.lanes)
     }
-    checkpoints.save(loop.step, {"state": engine.state, "best": best}, {"lanes": record})
+    checkpoints.save(loop.step, {"state": engine.host_state(), "best": best}, {"lanes": record})
     for lane in loop.alive():
-        point_to(lane.directory, checkpoints.directory)
+        if is_open(lane.config):
+            point_to(lane.directory, checkpoints.directory)
 
 
 def _end(loop: Loop, engine: PackEngine, lane: Lane) -> None:
-    """Leave in the trial's directory what a trial alone would."""
-    keeps = lane.config.train.keep_checkpoints and not lane.progress.reason
-    if keeps or lane.progress.cut:
+    """Leave in the trial's directory what a trial alone would, unless it is there already.
+
+    The result comes first: a checkpoint of its own tells that a trial went on by itself.
+    """
+    config, directory, progress = lane.config, lane.directory, lane.progress
+    if is_new := is_open(config):
+        write_result(lane)
+    keeps = config.train.keep_checkpoints and not progress.reason
+    if (keeps or progress.cut) and (is_new or not own_steps(directory)):
         state = {"state": engine.state_of(loop.lanes.index(lane)), "best": lane.best}
-        with _closing(Checkpoints(lane.directory / CHECKPOINTS)) as own:
-            own.save(lane.progress.step, state, lane.record())
-    write_result(lane)
-    if not lane.progress.cut:
-        clean(lane.config, lane.directory)
+        with _closing(Checkpoints(directory / CHECKPOINTS)) as own:
+            own.save(progress.step, state, lane.record())
+    (directory / POINTER).unlink(missing_ok=True)
+    if finished_result(directory):
+        clean(config, directory)
 
 
 @contextlib.contextmanager

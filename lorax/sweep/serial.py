@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -60,10 +61,13 @@ def sweep_bar(trials: Sequence[Any]) -> Iterator[Iterable[Any]]:
         yield bar
 
 
-def objective(result: dict[str, Any]) -> float | None:
-    """What a sweeper maximises: the best value of the task's main metric; None if diverged."""
+def objective(result: dict[str, Any]) -> float:
+    """What a sweeper maximises: the best value of the task's main metric.
+
+    A diverged trial is worth -inf: sweepers take None for a failure, and learn nothing from it.
+    """
     best = result["best"]
-    return best["metrics"][result["metric"]] if best and result["status"] != "diverged" else None
+    return -math.inf if result["status"] == "diverged" else best["metrics"][result["metric"]]
 
 
 def summary_line(result: dict[str, Any]) -> str:

@@ -25,7 +25,10 @@ class Engine(Protocol):
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
         """One optimizer step of each lane: their losses, K in number, not waited for."""
 
-    def predict(self, batch: HostBatch) -> jax.Array:
+    def read(self, losses: jax.Array) -> np.ndarray:
+        """The losses of `step`, waited for: (K,)."""
+
+    def predict(self, batch: HostBatch) -> Any:
         """Outputs of each lane for the same batch: (K, B, outputs)."""
 
     def trainable(self, lane: int) -> Any:
@@ -59,6 +62,10 @@ class Solo:
         """See `Engine`."""
         self.state, loss = train_step(*self._arguments(hypers, batches))
         return loss
+
+    def read(self, losses: jax.Array) -> np.ndarray:
+        """See `Engine`."""
+        return np.ravel(np.asarray(losses))
 
     def predict(self, batch: HostBatch) -> jax.Array:
         """See `Engine`."""

@@ -118,7 +118,7 @@ class Loop:
 
     def _settle(self, number: int, rates: list[float], losses: jax.Array, bar: Any) -> None:
         """Wait for a step's losses and record them."""
-        values = np.ravel(np.asarray(losses))
+        values = self.engine.read(losses)
         for lane, lr, loss in zip(self.lanes, rates, values, strict=True):
             if lane.is_alive:
                 lane.settle(number, lr, float(loss))

@@ -5,8 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorax.checkpoint import Checkpoints, write_json
 from lorax.errors import LoraxError
 from lorax.lora import unstack
@@ -67,17 +65,33 @@ def _packed(directory: Path, like: Any, packs: dict[Path, Any] | None) -> Found 
     packs = {} if packs is None else packs
     if folder not in packs:
         packs[folder] = read_pack(folder)
-    lane = (packs[folder][1]["lanes"] if packs[folder] else {}).get(directory.name)
-    if lane is None:
+    found = packs[folder]
+    if found is None or directory.name not in found[1]["lanes"]:
         return None
     try:
-        return unstack(packs[folder][0], lane["index"], like), lane
+        return lane_of(found, directory.name, like)
     except LoraxError as fault:
         log.warning("%s: the pack's checkpoint does not fit the trial: %s", directory, fault)
         return None
 
 
-def read_pack(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+def lane_of(found: Found, name: str, like: Any) -> Found:
+    """A trial's own (arrays, record) in a pack's checkpoint.
+
+    Raises:
+      LoraxError: a checkpoint of other shapes than `like`.
+    """
+    lane = found[1]["lanes"][name]
+    return unstack(found[0], lane["index"], like), lane
+
+
+def own_steps(directory: Path) -> list[int]:
+    """The steps at which a trial has checkpoints of its own."""
+    names = (path.name for path in (directory / CHECKPOINTS).glob("*"))
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def read_pack(folder: Path) -> Found | None:
     """The newest checkpoint of a pack: (stacked leaves by path, record of its lanes)."""
     checkpoints = Checkpoints(folder)
     try:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from lorax.lora import adapt, combine
 from lorax.train import optimizer
+from lorax.train.mesh import gather, regather, spread_rows
 from lorax.train.optimizer import Hyper
 
 Batch = dict[str, jax.Array]
@@ -66,7 +67,7 @@ def forward(
     program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None = None
 ) -> jax.Array:
     """Model outputs (B, outputs) in fp32; deterministic without a key."""
-    params = combine(trainable, frozen.params)
+    params = combine(trainable, gather(frozen.params))
     model: Any = nnx.merge(program.graphdef, params["base"])
     model = adapt(model, params["lora"], frozen.scales, dropout=program.lora_dropout, key=key)
     rngs = nnx.Rngs(key) if key is not None and program.model_dropout else None
@@ -90,7 +91,7 @@ def _loss_and_grad(
         outputs = forward(program, part, frozen, batch, key)
         return jnp.sum(batch["weights"] * example_losses(program.kind, outputs, batch["labels"]))
 
-    return jax.value_and_grad(loss)(trainable)
+    return jax.value_and_grad(regather(loss))(trainable)
 
 
 def _accumulated(
@@ -100,6 +101,7 @@ def _accumulated(
     if n == 1:
         return _loss_and_grad(program, trainable, frozen, batch, key)
     micro = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
+    micro = spread_rows(micro, axis=1)
 
     def add(total: tuple[jax.Array, Any], item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         i, part = item
