@@ -56,7 +56,7 @@ constraints: .venv/python
 	@$(PY) -m pip install --quiet uv
 	@$(PY) -m uv pip compile --quiet --universal --python-version 3.11 --upgrade \
 	  --no-emit-index-url --no-annotate --no-header \
-	  --extra test --extra lint --extra hub pyproject.toml | \
+	  --extra test --extra lint --extra hub --extra slurm pyproject.toml | \
 	  grep -vE '^(nvidia-|cuda-|triton)' > constraints.partial && mv constraints.partial constraints.txt
 
 clean:

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "interop": BASICS | {"lora", "models"},
     "analysis": BASICS | {"lora"},
 }
-HEAVY = {"torch", "transformers", "peft", "datasets"}  # peers and extras: never at import time
+# Peers and extras: never at import time.
+HEAVY = {"torch", "transformers", "peft", "datasets", "submitit", "ray"}
 
 
 def imports(path):

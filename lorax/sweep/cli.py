@@ -19,6 +19,7 @@ from lorax.errors import LoraxError
 from lorax.trial_id import trial_id
 
 T = TypeVar("T")
+DOORS: set[int] = set()  # the process that a command started in; workers have none
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
@@ -57,11 +58,22 @@ def hydra_main(task: Callable[[TrialConfig], Any], config_name: str) -> None:
     """
 
     def job(config: DictConfig) -> Any:
-        # SystemExit, unlike an exception, passes through Hydra without a report of its own
-        return at_the_door(lambda: task(config_of(config)))
+        return _run_job(task, config)
 
     application = hydra.main(version_base=None, config_path="pkg://conf", config_name=config_name)
     at_the_door(application(job))
+
+
+def _run_job(task: Callable[[TrialConfig], Any], config: DictConfig) -> Any:
+    """A task behind the door, where this process has one; in a launcher's worker without.
+
+    SystemExit, unlike an exception, passes through Hydra without a report of its own. A worker
+    may not exit, for the fault goes back to the door by Hydra's JobReturn.
+    """
+    if os.getpid() not in DOORS:
+        quiet_libraries()
+        return task(config_of(config))
+    return at_the_door(lambda: task(config_of(config)))
 
 
 def at_the_door(call: Callable[[], T]) -> T:
@@ -70,6 +82,7 @@ def at_the_door(call: Callable[[], T]) -> T:
     With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
     """
     quiet_libraries()
+    DOORS.add(os.getpid())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its faults, instead of printing them
     try:
         return call()

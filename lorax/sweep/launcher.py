@@ -4,9 +4,12 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
 from lorax.sweep.cli import config_of
+from lorax.sweep.jobs import Submit, run_jobs
 from lorax.sweep.packed import run_packed
 from lorax.sweep.plan_table import show_plan_if_asked
 from lorax.sweep.serial import check_trials, objective, summary_line, sweep_bar
@@ -61,12 +64,49 @@ def launch_packed(
     """
     trials = [config_of(compose(overrides)) for overrides in job_overrides]
     show_plan_if_asked(trials)
-    ids = [trial_id(trial) for trial in trials]
-    results = dict(zip(ids, run_packed(trials), strict=True))
+    return _recall_of(trials, run_packed(trials))
+
+
+def launch_jobs(
+    compose: Compose, submit: Submit, job_overrides: Sequence[Sequence[str]]
+) -> Callable[[Any], float]:
+    """As `launch_packed`, with the training in a cluster's jobs, which `submit` starts.
+
+    The task function raises a LoraxError for a trial that a failed job has left open.
+    """
+    trials = [config_of(compose(overrides)) for overrides in job_overrides]
+    show_plan_if_asked(trials)
+    return _recall_of(trials, run_jobs(trials, submit))
+
+
+def _recall_of(
+    trials: Sequence[TrialConfig], ended: Sequence[dict[str, Any] | LoraxError]
+) -> Callable[[Any], float]:
+    results = dict(zip(map(trial_id, trials), ended, strict=True))
 
     def recall(config: Any) -> float:
         result = results[trial_id(config_of(config))]
+        if isinstance(result, LoraxError):
+            raise result
         log.info(summary_line(result))
         return objective(result)
 
     return recall
+
+
+class FailedTrial(JobReturn):
+    """A failed trial's return: raises its fault, without the line that Hydra prints before."""
+
+    @property
+    def return_value(self) -> Any:
+        """Raises the fault."""
+        raise self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+def with_quiet_faults(returns: Sequence[JobReturn]) -> list[JobReturn]:
+    """Hydra's returns, those that failed as `FailedTrial`."""
+    return [FailedTrial(**vars(r)) if r.status is JobStatus.FAILED else r for r in returns]

@@ -36,6 +36,8 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
         be written; a single trial that does not fit in memory.
     """
     check_sweep(trials)
+    for trial in trials:
+        mesh_of(trial)
     check_trials(trials)
     unique = list({trial_id(trial): trial for trial in trials}.values())
     is_waiting = False
@@ -71,7 +73,6 @@ def check_sweep(trials: Sequence[TrialConfig]) -> None:
     """
     for trial in trials:
         sweep = trial.sweep
-        mesh_of(trial)
         if (sweep.halving, sweep.mesh) != (trials[0].sweep.halving, trials[0].sweep.mesh):
             raise LoraxError("sweep.halving and sweep.mesh must be the same for all trials")
         for name, value in (

@@ -1,0 +1,89 @@
+"""The Slurm launcher's face: Hydra only takes launchers from this namespace package.
+
+Every Hydra application of an environment imports it, so lorax, JAX and submitit wait until it is
+used. Options are those of hydra-submitit-launcher, under `hydra.launcher`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from omegaconf import OmegaConf
+
+try:
+    from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
+except ImportError:  # without the extra
+    LocalQueueConf = SlurmQueueConf = None
+# A folder a run, since on one machine submitit names jobs by process ids, which come again; and
+# none a job (%j), since submitit would make it only after sbatch, and a job may start before.
+FOLDER = "${hydra.sweep.dir}/.submitit/${now:%Y-%m-%d_%H-%M-%S}"
+RETRIES = 20  # after a timeout trials go on from their checkpoints
+
+
+class PackedSubmititLauncher(BasicLauncher):
+    """Trials as jobs of submitit, each of which trains packs; see `lorax.sweep.slurm`."""
+
+    name = cluster = ""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = {
+            key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            for key, value in options.items()
+        }
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Train the trials as jobs, then let Hydra write what it writes for each.
+
+        Raises:
+          LoraxError: the extra is not installed; or see `run_jobs`.
+        """
+        from lorax.errors import LoraxError
+        from lorax.sweep.launcher import launch_jobs, with_quiet_faults
+        from lorax.sweep.slurm import submit
+
+        if SlurmQueueConf is None:
+            raise LoraxError(
+                f"hydra/launcher={self.name} needs an extra: pip install -e '.[slurm]'"
+            )
+        self.task_function = launch_jobs(
+            self._compose, lambda jobs: submit(jobs, self.cluster, self.options), job_overrides
+        )
+        return with_quiet_faults(super().launch(job_overrides, initial_job_idx))
+
+    def _compose(self, overrides: Sequence[str]) -> Any:
+        assert self.hydra_context is not None and self.config is not None
+        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+
+
+class PackedSlurmLauncher(PackedSubmititLauncher):
+    """Jobs of Slurm."""
+
+    name, cluster = "packed_slurm", "slurm"
+
+
+class PackedLocalLauncher(PackedSubmititLauncher):
+    """All jobs at once on this machine, in submitit's way: to try a sweep before Slurm."""
+
+    name, cluster = "packed_submitit_local", "local"
+
+
+def register() -> None:
+    """Offer both launchers; without the extra they take any option, to say what is missing."""
+    retries = {"max_num_timeout": RETRIES}  # Slurm's alone
+    for launcher, known, more in (
+        (PackedSlurmLauncher, SlurmQueueConf, retries),
+        (PackedLocalLauncher, LocalQueueConf, {}),
+    ):
+        own = {"_target_": f"{__name__}.{launcher.__name__}", "submitit_folder": FOLDER, **more}
+        node: Any = OmegaConf.create(own, flags={"struct": False})
+        if known is not None:
+            node = OmegaConf.merge(OmegaConf.structured(known), own)
+        ConfigStore.instance().store(group="hydra/launcher", name=launcher.name, node=node)
+
+
+register()

@@ -1,0 +1,173 @@
+"""Trials as jobs of a cluster: what the Slurm and the Ray launcher share.
+
+The submitting process composes, checks and groups; it trains nothing and holds no accelerator.
+Each job plans packs of its trials on its own device, and its results come back.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
+from lorax.sweep.cli import quiet_libraries
+from lorax.sweep.groups import group_for_jobs
+from lorax.sweep.pack import ended_result, is_open
+from lorax.sweep.packed import check_sweep, run_packed
+from lorax.sweep.serial import check_trials
+from lorax.trial_id import trial_id
+
+log = logging.getLogger(__name__)
+Result = dict[str, Any]
+
+
+class JobFailed(RuntimeError):  # noqa: N818
+    """A job's fault, in one line, as it leaves the job."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Trials on their way to where they are trained; submitit and Ray pickle and call it.
+
+    Attributes:
+      trials: those that can share a program; see `group_for_jobs`.
+      directory: where it was submitted; relative paths of a trial hold there.
+    """
+
+    trials: list[TrialConfig]
+    directory: str = field(default_factory=lambda: str(Path.cwd()))
+
+    def __call__(self) -> list[Result]:
+        """Train the trials.
+
+        Raises:
+          JobFailed: any fault, in one line; its cause stands in the job's log.
+        """
+        _open_log()
+        try:
+            os.chdir(self.directory)
+            return run_packed(self.trials)
+        except Exception as fault:
+            raise JobFailed(_reason(fault)) from fault
+
+    def checkpoint(self) -> Any:
+        """What submitit is to submit again at preemption or timeout: the same job.
+
+        Its packs go on from their own checkpoints.
+        """
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+      place: the job's name where it ran, and its log.
+      results: of its trials, in order; None: it failed.
+      fault: why, in one line.
+    """
+
+    place: str
+    results: list[Result] | None = None
+    fault: str = ""
+
+
+Submit = Callable[[Sequence[Job]], Iterator[tuple[int, Outcome]]]
+
+
+def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | LoraxError]:
+    """Check all trials, train them as jobs, wait for all of these; ended trials are skipped.
+
+    Args:
+      trials: a sweep.
+      submit: starts jobs, and yields each one's number and outcome as it ends.
+
+    Returns:
+      A result for each trial, in order; for those that a failed job has left open, a fault that
+      counts them.
+
+    Raises:
+      LoraxError: a trial that cannot run, before anything is submitted; or the submission failed.
+    """
+    _leave_accelerators_alone()
+    check_sweep(trials)
+    check_trials(trials)
+    unique = list({trial_id(trial): trial for trial in trials}.values())
+    jobs = [Job([unique[n] for n in group]) for group in group_for_jobs(unique)]
+    # Whole groups: a pack that was cut short goes on with its ended trials in their lanes.
+    jobs = [job for job in jobs if any(map(is_open, job.trials))]
+    results, failed = _wait(jobs, submit)
+    ended = {trial_id(t): results.get(trial_id(t)) or ended_result(t) for t in unique}
+    left = sum(result is None for result in ended.values())
+    fault = LoraxError(
+        f"{len(failed)} of {counted(len(jobs), 'job')} failed and left {counted(left, 'trial')}; "
+        "the same command goes on with them"
+    )
+    return [ended[trial_id(trial)] or fault for trial in trials]
+
+
+def _leave_accelerators_alone() -> None:
+    """Checking reads weights: keep them, and JAX's claim on the memory, off the jobs' devices."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # not the variable, which jobs would inherit
+
+
+def _wait(jobs: Sequence[Job], submit: Submit) -> tuple[dict[str, Result], list[int]]:
+    """The results of jobs, by trial, and the numbers of those that failed."""
+    results: dict[str, Result] = {}
+    failed: list[int] = []
+    if not jobs:
+        return results, failed
+    total = sum(len(job.trials) for job in jobs)
+    log.info("%s to train as %s", counted(total, "trial"), counted(len(jobs), "job"))
+    silent = not sys.stderr.isatty()
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=total, desc="sweep", unit="trial", disable=silent) as bar,
+    ):
+        for n, outcome in submit(jobs):
+            name = f"job {n + 1} of {len(jobs)}, {counted(len(jobs[n].trials), 'trial')}"
+            if outcome.results is None:
+                failed.append(n)
+                log.error("%s: failed, %s (%s)", name, outcome.fault, outcome.place)
+            else:
+                results |= {result["trial_id"]: result for result in outcome.results}
+                log.info("%s: ended (%s)", name, outcome.place)
+            bar.update(len(jobs[n].trials))
+    return results, failed
+
+
+def counted(n: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "job"), counted(2, "job")
+    ('1 job', '2 jobs')
+    """
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def _open_log() -> None:
+    """A job's own log: what lorax tells, on stdout, which submitit and Ray keep."""
+    quiet_libraries()
+    logger = logging.getLogger("lorax")
+    if not logger.handlers:  # Ray's processes serve several jobs
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _reason(fault: Exception) -> str:
+    """One line: a LoraxError speaks for itself, others need their name."""
+    text = next((line.strip() for line in str(fault).splitlines() if line.strip()), "")
+    return text if isinstance(fault, LoraxError) else f"{type(fault).__name__}: {text}"
