@@ -95,11 +95,12 @@ def measure_probe(trial: TrialConfig) -> Probe:
     state = init_state(setup.trainable, hyper, setup.dropout_key)
     state = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
     batch = dummy_batch(trial, length)
-    cost = compile_cost(train_step, setup.program, state, setup.frozen, hyper, batch)
+    parts = state, setup.frozen, hyper, batch
+    cost, program = compile_cost(train_step, setup.program, *parts)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        state, loss = train_step(setup.program, state, setup.frozen, hyper, batch)
+        state, loss = program(state, setup.frozen, hyper, batch)
         jax.block_until_ready(loss)
         seconds.append(time.perf_counter() - start)
     tokens = trial.train.batch_size * length
@@ -138,7 +139,8 @@ def trial_memory(trial: TrialConfig) -> int:
     setup, hyper = prepare(trial), hyper_of(trial)
     state = init_state(setup.trainable, hyper, setup.dropout_key)
     batch = dummy_batch(trial, _dataset(trial).edges[-1])
-    return compile_cost(train_step, setup.program, state, setup.frozen, hyper, batch).memory_bytes
+    cost, _ = compile_cost(train_step, setup.program, state, setup.frozen, hyper, batch)
+    return cost.memory_bytes
 
 
 def memory_limit(trial: TrialConfig) -> int:

@@ -55,7 +55,7 @@ class PackEngine:
         self.program, self.mesh, self.side = setups[0].program, mesh, 1
         self.tokens_at_once, self.lanes = tokens_at_once, lanes
         self._shapes = [jax.tree.map(_shape, state) for state in states]
-        self._costs: dict[tuple[int, int], StepCost] = {}
+        self._programs: dict[tuple[int, int], tuple[StepCost, Any]] = {}
         like = stacked_like(self._shapes)
         adapter = jax.tree.map(lambda _: None, like.trainable["lora"])
         params = {"base": setups[0].frozen.params["base"], "lora": adapter}
@@ -84,25 +84,26 @@ class PackEngine:
     @property
     def costs(self) -> list[StepCost]:
         """Of every program compiled so far."""
-        return list(self._costs.values())
+        return [cost for cost, _ in self._programs.values()]
 
     def compile(
         self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]
     ) -> tuple[StepCost, bool]:
         """See `lorax.train.engine.Engine`."""
         key = batches[0]["input_ids"].shape[1], self.count
-        is_new = key not in self._costs
+        is_new = key not in self._programs
         if is_new:
             packed = self._packed(batches[0]["input_ids"].shape)
             arguments = self._arguments(hypers, batches)
             lanes = _counted(self._lanes_a_device, self.side)
-            self._costs[key] = compile_cost(packed_step(packed), *arguments, lanes=lanes)
-        return self._costs[key], is_new
+            self._programs[key] = compile_cost(packed_step(packed), *arguments, lanes=lanes)
+        return self._programs[key][0], is_new
 
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
         """See `lorax.train.engine.Engine`."""
-        packed = self._packed(batches[0]["input_ids"].shape)
-        self.state, losses = packed_step(packed)(*self._arguments(hypers, batches))
+        self.compile(hypers, batches)
+        program = self._programs[batches[0]["input_ids"].shape[1], self.count][1]
+        self.state, losses = program(*self._arguments(hypers, batches))
         return losses
 
     def read(self, losses: jax.Array) -> np.ndarray:

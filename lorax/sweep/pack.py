@@ -97,17 +97,19 @@ def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
 
 
 def tidy(trials: Sequence[TrialConfig]) -> None:
-    """Remove checkpoints that no trial goes on from, as a kill just before a pack's end leaves."""
+    """Close the packs that no trial goes on from; a kill just before a pack's end leaves such."""
     for folder in _folders(trials):
-        checkpoints = folder / CHECKPOINTS
-        if checkpoints.is_dir() and not _is_needed(checkpoints):
-            with contextlib.suppress(BusyError), locked(folder):
-                shutil.rmtree(checkpoints, ignore_errors=True)
+        record = read_record(folder) or {"trials": [], "is_over": True}
+        is_closed = record.get("is_over") and not (folder / CHECKPOINTS).is_dir()
+        if is_closed or _is_needed(folder.absolute(), record["trials"]):
+            continue
+        with contextlib.suppress(BusyError), locked(folder):
+            if not record.get("is_over"):
+                write_json(folder / "pack.json", {**record, "is_over": True})
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _is_needed(checkpoints: Path) -> bool:
-    folder = checkpoints.absolute().parent
-    names = set((read_record(folder) or {"trials": []})["trials"])
+def _is_needed(folder: Path, names: Sequence[str]) -> bool:
     opened = [path for path in folder.parents[1].iterdir() if not (path / "result.json").exists()]
     return any(path.name in names or pointed_to(path) == folder / CHECKPOINTS for path in opened)
 

@@ -46,21 +46,24 @@ class Solo:
         self.setup = setup
         # The step donates its state, and the frozen side may share arrays with it.
         self.state: State = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
-        self._costs: dict[int, StepCost] = {}
+        self._programs: dict[int, tuple[StepCost, Any]] = {}
 
     def compile(
         self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]
     ) -> tuple[StepCost, bool]:
         """See `Engine`."""
         length = batches[0]["input_ids"].shape[1]
-        is_new = length not in self._costs
+        is_new = length not in self._programs
         if is_new:
-            self._costs[length] = compile_cost(train_step, *self._arguments(hypers, batches))
-        return self._costs[length], is_new
+            arguments = self._arguments(hypers, batches)
+            self._programs[length] = compile_cost(train_step, self.setup.program, *arguments)
+        return self._programs[length][0], is_new
 
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
         """See `Engine`."""
-        self.state, loss = train_step(*self._arguments(hypers, batches))
+        self.compile(hypers, batches)
+        program = self._programs[batches[0]["input_ids"].shape[1]][1]
+        self.state, loss = program(*self._arguments(hypers, batches))
         return loss
 
     def read(self, losses: jax.Array) -> np.ndarray:
@@ -78,4 +81,4 @@ class Solo:
         return jax.tree.map(np.asarray, self.state.trainable)
 
     def _arguments(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> tuple[Any, ...]:
-        return self.setup.program, self.state, self.setup.frozen, hypers[0], batches[0]
+        return self.state, self.setup.frozen, hypers[0], batches[0]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 KEEP_STEPS = 128
-_COMPILED: dict[Any, "StepCost"] = {}  # as the jitted functions' own caches, for the process
+_COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
 
 
 @dataclass
@@ -118,25 +118,30 @@ class Meter:
         }
 
 
-def compile_cost(jitted: Any, *args: Any, lanes: int = 1) -> StepCost:
-    """Compile for the arguments' shapes; a later plain call finds the same executable.
+def compile_cost(jitted: Any, *args: Any, lanes: int = 1) -> tuple[StepCost, Any]:
+    """Compile for the arguments' shapes, once a process.
 
     Asked again for the same shapes, it costs nothing and says so.
 
     Args:
-      jitted: a module-level jitted function.
+      jitted: a jitted function that is made once a process.
       *args: its arguments.
       lanes: how many lanes' steps the program's FLOPs are counted for.
+
+    Returns:
+      The cost, and the executable, which takes the arguments that are not static.
     """
     key = jitted, jax.tree.structure(args), *map(_shape_of, jax.tree.leaves(args))
     if key in _COMPILED:
-        return replace(_COMPILED[key], compile_seconds=0.0)
+        cost, compiled = _COMPILED[key]
+        return replace(cost, compile_seconds=0.0), compiled
     start = time.perf_counter()
     compiled = jitted.lower(*args).compile()
     seconds = time.perf_counter() - start
     flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-    _COMPILED[key] = StepCost(seconds, float(flops) / lanes, program_bytes(compiled))
-    return _COMPILED[key]
+    cost = StepCost(seconds, float(flops) / lanes, program_bytes(compiled))
+    _COMPILED[key] = cost, compiled
+    return cost, compiled
 
 
 def _shape_of(leaf: Any) -> Any:

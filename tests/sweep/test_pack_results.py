@@ -1,0 +1,500 @@
+"""What a pack leaves on disk and on the screen: what its trials alone would have left."""
+
+import dataclasses
+import json
+import re
+import shutil
+import struct
+import time
+
+import numpy as np
+import pytest
+
+from lorax.checkpoint import load_adapter
+from lorax.config import MeshConfig
+from lorax.errors import LoraxError
+from lorax.sweep import plan_table, run_packed
+from lorax.sweep.engine import PackEngine
+from lorax.train import run_trial
+from lorax.train.engine import Solo
+from lorax.trial_id import trial_dir, trial_id
+
+LENGTHS = {"max_shapes": 4, "batch_size": 4, "length_window": 3}
+TRAIN = {"max_steps": 12, "eval_every": 4, "log_every": 1, "keep_checkpoints": False, **LENGTHS}
+CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
+SMALL = {"rank": 1, "targets": "q"}
+KINDS = {
+    "finishes": {"lora": SMALL, "tracking": {"kind": "wandb", "project": "tests"}},
+    "other ranks": {
+        "lora": {"rank": 2, "targets": "qv", "rank_pattern": {"value": 3}},
+        "optimizer": {"schedule": "cosine", "weight_decay": 0.1},
+        "seed": 1,
+    },
+    "stops early": {
+        "lora": SMALL,
+        "optimizer": {"lr": 1e-12},
+        "train": {"early_stopping": 1},
+    },
+    "diverges": {"lora": SMALL, "optimizer": {"lr": 1e30, **CONSTANT}},
+    "keeps": {
+        "lora": SMALL,
+        "optimizer": {"lr": 3e-3, **CONSTANT},
+        "train": {"keep_checkpoints": True},
+        "seed": 2,
+    },
+    "another": {
+        "lora": {**SMALL, "scaling": "rslora", "init": "gaussian"},
+        "optimizer": {"clip_norm": 0.1},
+        "tracking": {"kind": "wandb", "project": "tests"},
+        "seed": 3,
+    },
+}
+# What a trial costs, and on what it was measured: of the pack, not of the trial.
+COSTS = {
+    "seconds_per_step",
+    "seconds_total",
+    "compile_seconds",
+    "step_memory_bytes",
+    "flops_per_step",
+    "steps_by_length",
+    "lanes",
+    "peak_rss_bytes",
+    "peak_device_bytes",
+    "adapter_bytes",
+    "environment",
+}
+
+
+def trial_of(world, root, kind, **more):
+    changes = {**KINDS[kind], **more}
+    train = {**TRAIN, **changes.pop("train", {})}
+    optimizer = {"lr": 0.01, **changes.pop("optimizer", {})}
+    return world.trial(root, train=train, optimizer=optimizer, **changes)
+
+
+@dataclasses.dataclass
+class Ran:
+    """The trials of `KINDS` in one pack, and each alone: in order, and what was recorded of both.
+
+    Batches are rows of tokens without their padding, by step.
+    """
+
+    packed: dict
+    alone: dict
+    results: dict
+    results_alone: dict
+    batches: list
+    batches_alone: dict
+    duplicate: dict
+
+
+def tokens_of(batch):
+    return [row[mask > 0].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"],
+                                                        strict=True)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ran(world, tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    packed = {kind: trial_of(world, root / "packed", kind) for kind in KINDS}
+    alone = {kind: trial_of(world, root / "alone", kind, tracking={"kind": "none"})
+             for kind in KINDS}  # fmt: skip
+    seen = []
+
+    def watch(engine_class, patch):
+        step = engine_class.step
+
+        def noted(engine, hypers, batches):
+            seen.append([tokens_of(batch) for batch in batches])
+            return step(engine, hypers, batches)
+
+        patch.setattr(engine_class, "step", noted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_ENTITY"):
+            patch.delenv(name, raising=False)
+        patch.setattr("lorax.tracking._has_netrc_key", lambda: False)
+        watch(PackEngine, patch)
+        watch(Solo, patch)
+        *results, duplicate = run_packed([*packed.values(), packed["finishes"]])
+        batches, batches_alone, results_alone = list(seen), {}, {}
+        for kind, trial in alone.items():
+            seen.clear()
+            results_alone[kind] = run_trial(trial)
+            batches_alone[kind] = [step for (step,) in seen]
+    return Ran(
+        packed,
+        alone,
+        dict(zip(KINDS, results, strict=True)),
+        results_alone,
+        batches,
+        batches_alone,
+        duplicate,
+    )
+
+
+def assert_same(ours, theirs):
+    """Equal, but for floats: those within 1e-5 of each other, relative."""
+    assert type(ours) is type(theirs), (ours, theirs)
+    if isinstance(theirs, dict):
+        assert list(ours) == list(theirs)
+        for name, value in theirs.items():
+            assert_same(ours[name], value)
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    else:
+        assert ours == theirs
+
+
+def own(result):
+    """A result without what depends on the company."""
+    return {name: value for name, value in result.items() if name not in COSTS}
+
+
+def records(trial):
+    lines = (trial_dir(trial) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_adapters(ours, theirs):
+    (left, spec, about), (right, other, facts) = (
+        load_adapter(trial_dir(trial) / "adapter") for trial in (ours, theirs)
+    )
+    assert spec == other
+    assert left.keys() == right.keys()
+    for name, leaf in right.items():
+        assert left[name].shape == leaf.shape and left[name].dtype == leaf.dtype
+        assert np.linalg.norm(left[name] - leaf) <= 1e-5 * np.linalg.norm(leaf), name
+    assert_same(about, facts)
+
+
+def test_the_pack_was_one_and_ended_in_every_way(ran):
+    ends = {kind: (r["status"], r["steps"], r["stopped_early"]) for kind, r in ran.results.items()}
+    assert ends == {
+        "finishes": ("finished", 12, False),
+        "other ranks": ("finished", 12, False),
+        "stops early": ("finished", 8, True),
+        "diverges": ("diverged", 2, False),
+        "keeps": ("finished", 12, False),
+        "another": ("finished", 12, False),
+    }
+    assert {result["lanes"] for result in ran.results.values()} == {len(KINDS)}
+    assert {result["lanes"] for result in ran.results_alone.values()} == {1}
+    assert ran.duplicate == ran.results["finishes"]
+    packs = trial_dir(ran.packed["finishes"]).parent / "packs"
+    assert len(list(packs.glob("*/pack.json"))) == 1
+    assert not list(packs.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trial_sees_the_batches_that_it_sees_alone(ran, kind):
+    lane = list(KINDS).index(kind)
+    in_pack = [step[lane] for step in ran.batches]
+    alone = ran.batches_alone[kind]
+    assert len(alone) >= ran.results_alone[kind]["steps"]
+    assert in_pack[: len(alone)] == alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_records_are_those_of_the_trial_alone(ran, kind):
+    ours, theirs = records(ran.packed[kind]), records(ran.alone[kind])
+    assert len(theirs) >= ran.results_alone[kind]["steps"]
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_result_is_that_of_the_trial_alone(ran, kind):
+    ours, theirs = ran.results[kind], ran.results_alone[kind]
+    assert list(ours) == list(theirs)
+    assert_same(own(ours), own(theirs))
+    assert json.loads((trial_dir(ran.packed[kind]) / "result.json").read_text()) == ours
+    for name in ("environment", "adapter_params", "trainable_params", "total_params"):
+        assert ours[name] == theirs[name]
+    steps, alone = ours["steps_by_length"], theirs["steps_by_length"]
+    assert sum(steps.values()) == sum(alone.values()) == ours["steps"]
+    assert steps.get("8", 0) <= alone.get("8", 0)  # a pack's batch is as long as its longest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_adapter_is_that_of_the_trial_alone(ran, kind):
+    assert_same_adapters(ran.packed[kind], ran.alone[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_config_is_its_own(ran, kind):
+    config = json.loads((trial_dir(ran.packed[kind]) / "config.json").read_text())
+    assert config == json.loads(json.dumps(dataclasses.asdict(ran.packed[kind])))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_directory_has_no_trace_of_the_pack(ran, kind):
+    def listing(trial):
+        folder = trial_dir(trial)
+        return {path.name for path in folder.iterdir()} - {"wandb"}
+
+    assert listing(ran.packed[kind]) == listing(ran.alone[kind])
+    assert ("checkpoints" in listing(ran.packed[kind])) == (kind == "keeps")
+
+
+BLOCK, HEADER = 32768, 7
+LAST = {1, 4}  # a whole message, or the end of one
+
+
+def wandb_records(path):
+    """The messages of a `.wandb` file: LevelDB's log format behind a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, message = path.read_bytes(), HEADER, b""
+    while position + HEADER <= len(content):
+        if BLOCK - position % BLOCK < HEADER:
+            position += BLOCK - position % BLOCK
+            continue
+        size, kind = struct.unpack("<HB", content[position + 4 : position + HEADER])
+        message += content[position + HEADER : position + HEADER + size]
+        position += HEADER + size
+        if kind in LAST and message:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(message)
+            yield record
+            message = b""
+
+
+def whole_run(trial):
+    """All records of a trial's one run; W&B's own process may write the last a little later."""
+    (path,) = (trial_dir(trial) / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20
+    while not any(record.HasField("exit") for record in wandb_records(path)):
+        assert time.monotonic() < deadline, f"{path} has no exit record"
+        time.sleep(0.05)
+    return list(wandb_records(path))
+
+
+@pytest.mark.parametrize("kind", ["finishes", "another"])
+def test_each_trial_has_a_wandb_run_of_its_own_with_its_own_numbers(ran, kind):
+    trial = ran.packed[kind]
+    found = whole_run(trial)
+    (run,) = [record.run for record in found if record.HasField("run")]
+    assert run.run_id == run.display_name == trial_id(trial)
+    assert run.run_group == "tiny"
+    rows = []
+    for record in found:
+        if record.HasField("history"):
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json)
+                     for item in record.history.item}  # fmt: skip
+            rows.append({name: value for name, value in items.items() if name[0] != "_"})
+    expected = {}
+    for record in records(trial):
+        kind_of_record, step = record.pop("kind"), record.pop("step")
+        row = expected.setdefault(step, {"optimizer_step": step})
+        row |= {f"{kind_of_record}/{name}": value for name, value in record.items()}
+    assert rows == list(expected.values())
+
+
+def test_trials_without_wandb_start_no_run(ran):
+    assert not (trial_dir(ran.packed["keeps"]) / "wandb").exists()
+
+
+def test_all_again_trains_and_plans_nothing(ran, monkeypatch):
+    for name in ("plan_packs", "run_pack"):
+        monkeypatch.setattr(f"lorax.sweep.packed.{name}", None)  # whoever calls it, fails
+    paths = [trial_dir(trial) / "result.json" for trial in ran.packed.values()]
+    before = [path.stat().st_mtime_ns for path in paths]
+    assert run_packed(list(ran.packed.values())) == list(ran.results.values())
+    assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_from_a_checkpoint_that_was_kept_the_trial_alone_goes_on(ran, world, tmp_path):
+    """Of more steps at the same rates: the first 12 from the pack, the others alone."""
+    short, longer = ran.packed["keeps"], {"train": {"keep_checkpoints": True, "max_steps": 18}}
+    more, whole = (
+        trial_of(world, tmp_path / name, "keeps", **longer) for name in ("more", "whole")
+    )
+    trial_dir(more).mkdir(parents=True)
+    shutil.copytree(trial_dir(short) / "checkpoints", trial_dir(more) / "checkpoints")
+    result, expected = run_trial(more), run_trial(whole)
+    assert result["steps"] == 18
+    assert_same(records(more), [record for record in records(whole) if record["step"] > 12])
+    assert_same(own(result), own(expected))
+    assert_same_adapters(more, whole)
+
+
+def test_a_result_that_was_lost_comes_back_from_a_kept_checkpoint(ran):
+    trial, before = ran.packed["keeps"], ran.results["keeps"]
+    (trial_dir(trial) / "result.json").unlink()
+    result = run_trial(trial)
+    assert own(result) == own(before)
+    assert result["steps_by_length"] == before["steps_by_length"]  # nothing was trained again
+
+
+def test_the_same_trial_in_two_directories_is_trained_in_both(world, tmp_path):
+    short = {"max_steps": 1, "keep_checkpoints": False}
+    roots = [tmp_path / name for name in ("one", "two")]
+    trials = [world.trial(root, lora=SMALL, train=short) for root in roots]
+    results = run_packed(trials)
+    assert [result["trial_id"] for result in results] == [trial_id(trials[0])] * 2
+    assert all((trial_dir(trial) / "result.json").exists() for trial in trials)
+
+
+def test_no_trials_are_no_results():
+    assert run_packed([]) == []
+
+
+def test_a_plan_counts_a_trial_once_as_a_run_does(world, tmp_path, monkeypatch, capsys):
+    planned = []
+    monkeypatch.setattr(plan_table, "plan_packs", lambda trials, **_: planned.extend(trials) or [])
+    trials = [world.trial(tmp_path, seed=seed) for seed in (0, 1, 0)]
+    plan_table.print_plan(trials)
+    assert [trial.seed for trial in planned] == [0, 1]
+    assert "2 trials" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sweep", "line"),
+    [
+        ({"max_trials": 0}, "sweep.max_trials=0 is not a whole number of at least 1"),
+        ({"lanes": -1}, "sweep.lanes=-1 is not a whole number of at least 1"),
+        ({"memory_limit_gib": 0.0}, "sweep.memory_limit_gib=0.0 is not a positive number"),
+        ({"mesh": MeshConfig(data=0)}, "sweep.mesh.data=0 is not a whole number of at least 1"),
+    ],
+)
+def test_settings_of_a_sweep_that_cannot_be_are_refused(world, tmp_path, sweep, line):
+    with pytest.raises(LoraxError) as fault:
+        run_packed([world.trial(tmp_path, sweep={"name": "tiny", **sweep})])
+    assert str(fault.value) == line
+    assert not list(tmp_path.iterdir())
+
+
+PACKED = ["-m", "hydra/launcher=packed", "train.keep_checkpoints=false"]
+GRID = [*PACKED, "optimizer.lr=0.01,0.003", "seed=0,1"]
+
+
+@pytest.fixture(scope="module")
+def said(world, cli, tmp_path_factory):
+    """Command lines, run one after another in one process: (folder, what each said)."""
+    root = tmp_path_factory.mktemp("commands")
+    lines = {
+        "plan": world.overrides(root / "plan", *GRID, "sweep.plan=true"),
+        "run": world.overrides(root / "run", *GRID),
+        "again": world.overrides(root / "run", *GRID),
+        "plan after": world.overrides(root / "run", *GRID, "sweep.plan=true"),
+        "bad": world.overrides(root / "bad", *PACKED, "lora.rank=1,2,99"),
+        "too small": world.overrides(root / "small", *GRID, "sweep.memory_limit_gib=1e-6"),
+        "tasks": world.overrides(root / "tasks", *PACKED, "task.name=sst2,mrpc", "seed=0,1"),
+        "full": world.overrides(root / "full", *PACKED, "train.mode=full", "seed=0,1"),
+    }
+    return root, dict(zip(lines, cli(list(lines.values())), strict=True))
+
+
+def results_in(root):
+    return {path.parent.name: path for path in root.glob("tiny/*/result.json")}
+
+
+def packs_in(root):
+    paths = root.glob("tiny/packs/*/pack.json")
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def table_of(out):
+    """The plan's rows, by their cells."""
+    lines = [line for line in out.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_a_packed_multirun_trains_one_pack_and_tells_of_each_trial(said):
+    root, ended = said
+    assert (ended["run"]["code"], ended["run"]["err"]) == (0, "")
+    results = results_in(root / "run")
+    assert len(results) == 4
+    (pack,) = packs_in(root / "run")
+    assert sorted(pack["trials"]) == sorted(results)
+    for name, path in results.items():
+        assert ended["run"]["out"].count(f"{name}: accuracy ") == 1
+        assert {f.name for f in (path.parent / ".hydra").iterdir()} == {
+            "config.yaml",
+            "hydra.yaml",
+            "overrides.yaml",
+        }
+        overrides = (path.parent / ".hydra" / "overrides.yaml").read_text()
+        seed = re.search(r"-s(\d)-", name)[1]
+        assert f"- seed={seed}" in overrides.splitlines()
+        assert json.loads(path.read_text())["lanes"] == 4
+    assert not list((root / "run").rglob("*.partial"))
+
+
+def test_the_same_command_again_skips_all(said):
+    root, ended = said
+    assert (ended["again"]["code"], ended["again"]["err"]) == (0, "")
+    assert ended["again"]["out"].count(": accuracy ") == 4
+    (pack,) = packs_in(root / "run")
+    (record,) = (root / "run").glob("tiny/packs/*/pack.json")
+    written = record.stat().st_mtime_ns
+    assert all(path.stat().st_mtime_ns <= written for path in results_in(root / "run").values())
+    assert pack["is_over"] is True
+
+
+def test_a_plan_shows_predicted_figures_and_trains_nothing(said):
+    root, ended = said
+    assert (ended["plan"]["code"], ended["plan"]["err"]) == (0, "")
+    head, _, row = table_of(ended["plan"]["out"])
+    cells = dict(zip(head, row, strict=False))
+    assert (cells["trials"], cells["rank"], cells["side by side"]) == ("4", "2", "4")
+    assert (cells["padding"], row.count("")) == ("0%", 3)
+    assert all(float(cells[name]) > 0 for name in ("s/step, predicted", "seconds, predicted"))
+    assert re.fullmatch(r"\d+\.\d\d GiB", cells["memory, predicted"])
+    assert "4 trials in 1 packs; memory limit " in ended["plan"]["out"]
+    left = {path.name for path in (root / "plan").rglob("*") if path.is_file()}
+    assert not left & {"config.json", "metrics.jsonl", "result.json", "pack.json"}
+
+
+def test_after_a_run_the_plan_shows_what_was_measured(said):
+    root, ended = said
+    assert ended["plan after"]["code"] == 0
+    _, _, before = table_of(ended["plan"]["out"])
+    _, _, row = table_of(ended["plan after"]["out"])
+    (pack,) = packs_in(root / "run")
+    assert row[0] == before[0]  # the same pack, by name
+    assert "" not in row
+    assert float(row[8]) == pytest.approx(pack["measured"]["seconds_per_step"], rel=0.01)
+    assert float(row[10]) == pytest.approx(pack["measured"]["seconds"], rel=0.01)
+
+
+def test_one_bad_trial_is_one_line_before_anything_trains(said):
+    root, ended = said
+    assert ended["bad"]["code"] == 2
+    (line,) = ended["bad"]["err"].splitlines()
+    assert re.match(r"error: .*rank 99.*\(trial sst2-lora-r99-", line)
+    left = {path.name for path in (root / "bad").rglob("*") if path.is_file()}
+    assert not left & {"config.json", "metrics.jsonl", "result.json", "pack.json"}
+
+
+def test_a_memory_limit_below_one_trial_is_one_line_before_anything_trains(said):
+    root, ended = said
+    assert ended["too small"]["code"] == 2
+    (line,) = ended["too small"]["err"].splitlines()
+    assert line.startswith("error: one trial of tiny needs ")
+    assert "sweep.memory_limit_gib" in line
+    assert not results_in(root / "small")
+
+
+def test_trials_of_two_tasks_are_two_packs_and_the_log_says_why(said):
+    root, ended = said
+    assert (ended["tasks"]["code"], ended["tasks"]["err"]) == (0, "")
+    assert "2 packs, as their trials differ in task.name (sst2, mrpc)" in ended["tasks"]["out"]
+    packs = packs_in(root / "tasks")
+    tasks = {frozenset(name.split("-")[0] for name in pack["trials"]) for pack in packs}
+    assert tasks == {frozenset({"sst2"}), frozenset({"mrpc"})}
+    assert [len(pack["trials"]) for pack in packs] == [2, 2]
+    assert len(results_in(root / "tasks")) == 4
+
+
+def test_full_fine_tuning_goes_one_trial_after_another(said):
+    root, ended = said
+    assert (ended["full"]["code"], ended["full"]["err"]) == (0, "")
+    reason = "2 packs, as their trials differ in full fine-tuning freezes nothing to share"
+    assert reason in ended["full"]["out"]
+    results = [json.loads(path.read_text()) for path in results_in(root / "full").values()]
+    assert [(r["status"], r["lanes"]) for r in results] == [("finished", 1)] * 2
