@@ -43,7 +43,7 @@ def pointed_to(directory: Path) -> Path | None:
     """
     try:
         noted = Path(json.loads((directory / POINTER).read_text())["checkpoints"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return directory.absolute().parent / Path(*noted.parts[-3:])
 
