@@ -96,7 +96,7 @@ def measure_probe(trial: TrialConfig) -> Probe:
     state = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
     batch = dummy_batch(trial, length)
     parts = state, setup.frozen, hyper, batch
-    cost, program = compile_cost(train_step, setup.program, *parts)
+    cost, program = compile_cost(train_step, setup.program, *parts, as_new=True)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

@@ -11,7 +11,7 @@ from lorax.sweep.pack import PACKS, Pack, read_record
 from lorax.sweep.packed import check_sweep
 from lorax.sweep.planner import plan_packs
 from lorax.sweep.serial import check_trials
-from lorax.trial_id import sweep_dir
+from lorax.trial_id import sweep_dir, trial_dir
 
 COLUMNS = (
     "pack",
@@ -47,6 +47,7 @@ def print_plan(trials: Sequence[TrialConfig]) -> None:
     """
     check_sweep(trials)
     check_trials(trials)
+    trials = list({trial_dir(trial): trial for trial in trials}.values())
     groups = [[trials[n] for n in group] for group in group_trials(trials)]
     packs = [pack for group in groups for pack in plan_packs(group, with_times=True)]
     print(table([_row(pack) for pack in packs]))

@@ -48,7 +48,7 @@ def plan_packs(trials: Sequence[TrialConfig], *, with_times: bool = False) -> li
     is_wasteful = _waste(sizes, base_flops(trials[0])) > NEGLIGIBLE
     probe = measure_probe(trials[0]) if with_times or is_wasteful else None
     packs = []
-    for bucket in rank_buckets(sizes, _saving(trials[0], probe)):
+    for bucket in rank_buckets(sizes, _saving(trials[0], probe if is_wasteful else None)):
         for part in even_parts(bucket, min(trials[n].sweep.max_trials for n in bucket)):
             chosen = [trials[n] for n in part]
             packs += _fitting(chosen, [sizes[n] for n in part], probe)
@@ -95,7 +95,7 @@ def _waste(sizes: Sequence[Size], base: float) -> float:
     """The share of all work that is padding when every adapter is padded to the largest."""
     largest = max(size.flops for size in sizes)
     mean = sum(size.flops for size in sizes) / len(sizes)
-    return (largest - mean) / (base + largest)
+    return (largest - mean) / (base + largest) if largest else 0.0
 
 
 def _saving(trial: TrialConfig, probe: Probe | None) -> float:
@@ -160,7 +160,7 @@ def _predicted(
     }
     if probe is None:
         return facts
-    scale = (base + largest) / (base + probe.adapter_flops)
+    scale = (base + largest) / (base + probe.adapter_flops) if largest else 1.0
     per_step = len(sizes) * scale * probe.seconds_per_token * _tokens_per_step(trial)
     compile_seconds = probe.compile_seconds * len(lengths_of(trial))
     return facts | {

@@ -248,14 +248,3 @@ def test_a_pack_in_bf16_trains_as_its_trials_do_up_to_roundings(world):
 SEEDS = [(0, {}, {}), (1, {}, {"lr": 3e-3}), (2, {}, {})]
 DROPOUT = {"lora": {"dropout": 0.2}, "model": {"dropout": 0.1}}
 LENGTHS = {"max_shapes": 4, "batch_size": 4, "length_window": 3}
-
-
-def test_dropout_masks_are_those_of_the_trial_alone(world):
-    """Also where another seed's batch is longer: a trial's own is padded further in the pack."""
-    trained = train(tiny(world, SEEDS, train=LENGTHS, **DROPOUT), 12)
-    assert trained.pack.program.lora_dropout == 0.2 and trained.pack.program.model_dropout
-    is_longer = [width > min(own) for width, *own in trained.lengths]
-    assert is_longer.count(False) > 2  # at first, so that these steps are comparable
-    first = is_longer.index(True)
-    np.testing.assert_allclose(trained.losses[:first], trained.losses_alone[:first], rtol=1e-5)
-    assert_same(trained, 1e-5)

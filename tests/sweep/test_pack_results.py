@@ -330,15 +330,6 @@ def test_a_result_that_was_lost_comes_back_from_a_kept_checkpoint(ran):
     assert result["steps_by_length"] == before["steps_by_length"]  # nothing was trained again
 
 
-def test_the_same_trial_in_two_directories_is_trained_in_both(world, tmp_path):
-    short = {"max_steps": 1, "keep_checkpoints": False}
-    roots = [tmp_path / name for name in ("one", "two")]
-    trials = [world.trial(root, lora=SMALL, train=short) for root in roots]
-    results = run_packed(trials)
-    assert [result["trial_id"] for result in results] == [trial_id(trials[0])] * 2
-    assert all((trial_dir(trial) / "result.json").exists() for trial in trials)
-
-
 def test_no_trials_are_no_results():
     assert run_packed([]) == []
 
