@@ -88,8 +88,9 @@ class Checkpoints:
         return place
 
     def close(self) -> None:
-        """Release Orbax's threads."""
-        self._manager.close()
+        """Release Orbax's threads; a write that failed is raised here, too."""
+        with _os_faults(self.directory):
+            self._manager.close()
 
 
 def save_adapter(path: Path, trainable: Any, spec: LoraSpec | None, about: dict[str, Any]) -> int:

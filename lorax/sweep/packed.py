@@ -15,7 +15,7 @@ from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs
 from lorax.sweep.planner import plan_packs
 from lorax.sweep.runner import run_pack
 from lorax.sweep.serial import check_trials
-from lorax.trial_id import trial_id
+from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -39,7 +39,7 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
     for trial in trials:
         mesh_of(trial)
     check_trials(trials)
-    unique = list({trial_id(trial): trial for trial in trials}.values())
+    unique = list({trial_dir(trial): trial for trial in trials}.values())
     is_waiting = False
     while pending := [trial for trial in unique if is_open(trial)]:
         packs = packs_to_run(unique)
@@ -59,8 +59,8 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
 def packs_to_run(trials: Sequence[TrialConfig]) -> list[Pack]:
     """The packs that were cut short, as they were; then the rest of the open trials, planned."""
     known = recorded_packs(trials)
-    taken = {name for pack in known for name in pack.ids}
-    rest = [trial for trial in trials if is_open(trial) and trial_id(trial) not in taken]
+    taken = {trial_dir(trial) for pack in known for trial in pack.trials}
+    rest = [trial for trial in trials if is_open(trial) and trial_dir(trial) not in taken]
     groups = [[rest[n] for n in group] for group in group_trials(rest)]
     return [*known, *(pack for group in groups for pack in plan_packs(group))]
 
