@@ -160,6 +160,9 @@ def _available(lines: list[str]) -> list[str]:
 def _unknown_key(key: str) -> str:
     import difflib
 
+    if key.startswith("hydra."):
+        part = key.rpartition(".")[0]
+        return f"{key!r} is not a setting; to see those there are: --cfg hydra -p {part}"
     known = _known_keys()
     if any(key.startswith(f"{name}.") for name in known):
         return f"{key!r} is not there yet; to add an entry: +{key}=..."

@@ -13,7 +13,7 @@ from lorax.sweep.jobs import Submit, run_jobs
 from lorax.sweep.packed import run_packed
 from lorax.sweep.plan_table import show_plan_if_asked
 from lorax.sweep.serial import check_trials, objective, summary_line, sweep_bar
-from lorax.trial_id import trial_id
+from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
 Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
@@ -82,10 +82,10 @@ def launch_jobs(
 def _recall_of(
     trials: Sequence[TrialConfig], ended: Sequence[dict[str, Any] | LoraxError]
 ) -> Callable[[Any], float]:
-    results = dict(zip(map(trial_id, trials), ended, strict=True))
+    results = dict(zip(map(trial_dir, trials), ended, strict=True))
 
     def recall(config: Any) -> float:
-        result = results[trial_id(config_of(config))]
+        result = results[trial_dir(config_of(config))]
         if isinstance(result, LoraxError):
             raise result
         log.info(summary_line(result))

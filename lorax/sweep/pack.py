@@ -83,13 +83,16 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
     """The packs on disk that were cut short and whose trials are all asked for again."""
-    asked = {trial_id(trial): trial for trial in trials}
+    asked = {trial_dir(trial): trial for trial in trials}
     packs = []
     for folder in _folders(trials):
         record = read_record(folder)
-        if record is None or record.get("is_over") or not asked.keys() >= set(record["trials"]):
+        if record is None or record.get("is_over"):
             continue
-        members = tuple(asked[name] for name in record["trials"])
+        places = [folder.parents[1] / name for name in record["trials"]]
+        if not asked.keys() >= set(places):
+            continue
+        members = tuple(asked[place] for place in places)
         pack = Pack(members, record["tokens_at_once"], record["lanes"], record["predicted"])
         if pack.directory == folder and any(is_open(trial) for trial in members):
             packs.append(pack)

@@ -11,7 +11,7 @@ from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.sweep.engine import mesh_of
 from lorax.sweep.groups import group_trials, why_apart
-from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs
+from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs, tidy
 from lorax.sweep.planner import plan_packs
 from lorax.sweep.runner import run_pack
 from lorax.sweep.serial import check_trials
@@ -53,6 +53,7 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
             log.info("another process trains %d of the trials; waiting for it", len(pending))
         is_waiting = True
         time.sleep(POLL_SECONDS)
+    tidy(trials)
     return [_result(trial) for trial in trials]
 
 

@@ -9,6 +9,10 @@ CASES = {
     "unknown key": (["lora.rnak=4"], r"'lora.rnak' is not a setting; did you mean 'lora.rank'\?"),
     "unknown key, added": (["+train.epoch=4"], r"'train.epoch' is not .*'train.epochs'"),
     "unknown group": (["optimiser.lr=1"], r"did you mean 'optimizer.lr'\?"),
+    "unknown option of a launcher": (
+        ["hydra.launcher.cpus=2"],
+        "'hydra.launcher.cpus' is not a setting; .* --cfg hydra -p hydra.launcher",
+    ),
     "word for a number": (["lora.rank=eight"], r"lora.rank: .*'eight'.*Integer"),
     "fraction for a count": (["train.batch_size=1.5"], r"train.batch_size: .*'1.5'"),
     "half an override": (["lora.rank"], "lora.rank: missing EQUAL"),
