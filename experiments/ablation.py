@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_module
 from lorax.analysis.report import build_report, save_report
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.sweep import at_the_door, config_of, run_packed
+from lorax.sweep import at_the_door, config_of, run_packed, show_plan_if_asked
 from lorax.trial_id import trial_dir
 
 RANKS = (1, 2, 4, 8, 16)
@@ -56,6 +56,7 @@ def main(overrides: Sequence[str]) -> None:
     """Run what is not finished yet; print the table and where the report is."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     sweep = trials(overrides)
+    show_plan_if_asked(sweep)
     run_packed(sweep)
     directory = trial_dir(sweep[0]).parent
     report = build_report(directory)

@@ -35,7 +35,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path):
-        self.directory = directory.absolute()
+        self.directory, self._is_open = directory.absolute(), True
         self._manager = ocp.training.Checkpointer(
             self.directory,
             preservation_policy=ocp.training.preservation_policies.LatestN(KEEP),
@@ -67,30 +67,34 @@ class Checkpoints:
     def _newest(self, load: Callable[[int], Any]) -> tuple[Any, dict[str, Any]] | None:
         for checkpoint in reversed(self._manager.checkpoints):
             try:
-                state = load(checkpoint.step)
+                with _os_faults(self.directory):
+                    state = load(checkpoint.step)
                 metadata = self._manager.metadata(checkpoint.step).custom_metadata
                 if not metadata:  # Orbax takes a damaged record for an empty one
                     raise ValueError("it does not say where training stood")
                 return state, dict(metadata["record"])
-            except (MemoryError, PermissionError):
-                raise
+            except (FileNotFoundError, NotADirectoryError) as fault:
+                self._set_aside(checkpoint.step, fault)
+            except (MemoryError, OSError, jax.errors.JaxRuntimeError):
+                raise  # the machine's fault: the checkpoint may well be whole
             except Exception as fault:  # any kind of damage, and Orbax has no common base class
-                reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
-                place = self._set_aside(checkpoint.step)
-                log.warning("checkpoint is damaged, set aside as %s: %s", place, reason)
+                self._set_aside(checkpoint.step, fault)
         return None
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int, fault: Exception) -> None:
+        reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         place = self.directory.with_name(f"damaged-checkpoint-{step}")
         shutil.rmtree(place, ignore_errors=True)
         (self.directory / str(step)).rename(place)
         self._manager.reload()
-        return place
+        log.warning("checkpoint is damaged, set aside as %s: %s", place, reason)
 
     def close(self) -> None:
-        """Release Orbax's threads; a write that failed is raised here, too."""
-        with _os_faults(self.directory):
-            self._manager.close()
+        """Release Orbax's threads, once; a write that failed is raised here, too."""
+        if self._is_open:
+            self._is_open = False
+            with _os_faults(self.directory):
+                self._manager.close()
 
 
 def save_adapter(path: Path, trainable: Any, spec: LoraSpec | None, about: dict[str, Any]) -> int:
@@ -122,11 +126,12 @@ def load_adapter(path: Path) -> tuple[dict[str, jax.Array], LoraSpec | None, dic
     try:
         flat = ocp.load(path.absolute())
         record = dict(ocp.metadata(path.absolute()).custom_metadata)
+        values = record.pop("spec")
+        spec = LoraSpec(**_tuples(values)) if values else None
     except Exception as fault:
         reason = str(fault).splitlines()[0] if str(fault) else type(fault).__name__
         raise LoraxError(f"{path}: not a readable adapter ({reason})") from fault
-    values = record.pop("spec")
-    return flat, LoraSpec(**_tuples(values)) if values else None, record
+    return flat, spec, record
 
 
 def lora_tree(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -168,9 +173,9 @@ def _flatten(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _unflatten(flat: dict[str, Any], like: Any) -> Any:
-    def leaf(path: tuple[Any, ...], want: Any) -> jax.Array:
+    def leaf(path: tuple[Any, ...], want: Any) -> np.ndarray:
         name = leaf_path(path)
-        found = jax.numpy.asarray(flat[name])
+        found = np.asarray(flat[name])
         if found.shape != np.shape(want):  # Orbax loads another shape without a word
             raise ValueError(f"{name} has shape {found.shape}, expected {np.shape(want)}")
         return found

@@ -169,7 +169,7 @@ class HalvingConfig:
 
 @dataclass
 class MeshConfig:
-    """How a pack is spread over devices, of all machines that share the program.
+    """How a pack is spread over the devices of a machine.
 
     Attributes:
       trial: devices that trials are spread over; None: all that the other axes leave.

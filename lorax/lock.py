@@ -8,6 +8,17 @@ from pathlib import Path
 from lorax.errors import LoraxError
 
 
+def is_free(directory: Path) -> bool:
+    """Whether no other process holds a directory just now."""
+    try:
+        with locked(directory):
+            return True
+    except BusyError:
+        return False
+    except OSError:  # not there yet; or not ours to write, which training will tell
+        return True
+
+
 class BusyError(LoraxError):
     """Another process holds the directory."""
 

@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from lorax.config import TrackingConfig
+from lorax.errors import LoraxError
 
 Record = dict[str, Any]
 
@@ -25,7 +28,7 @@ class Tracker(Protocol):
 
 
 class Jsonl:
-    """`metrics.jsonl`: a line a record, each on disk when `log` returns.
+    """`metrics.jsonl`: a line a record, each handed to the system when `log` returns.
 
     The lines hold nothing that depends on the clock: a trial that was killed and went on
     leaves the same file, byte for byte, as one that was not.
@@ -62,18 +65,19 @@ class Wandb:
     Args:
       config: project and entity.
       directory: the trial's; W&B's files go under it.
-      trial: the resolved config, and under `trial_id` and `sweep.name` the run's id and
+      trial: the resolved config, and under `trial_id` and `sweep.name` the run's name and
         group.
+      step: the step that training goes on from; from 0 it is a new run.
     """
 
-    def __init__(self, config: TrackingConfig, directory: Path, trial: dict[str, Any]):
+    def __init__(self, config: TrackingConfig, directory: Path, trial: dict[str, Any], step: int):
         import wandb
 
         online = os.environ.get("WANDB_API_KEY") or _has_netrc_key()
         self._run = wandb.init(
             project=config.project,
             entity=config.entity,
-            id=trial["trial_id"],
+            id=_run_id(directory, trial["trial_id"], step),
             name=trial["trial_id"],
             group=trial["sweep"]["name"],
             job_type=trial["train"]["mode"],
@@ -102,7 +106,7 @@ class Wandb:
 
         self._run.summary.update(summary)
         if adapter is not None and adapter.exists():
-            artifact = wandb.Artifact(f"adapter-{self._run.id}", type="adapter")
+            artifact = wandb.Artifact(f"adapter-{self._run.name}", type="adapter")
             artifact.add_dir(str(adapter))
             self._run.log_artifact(artifact)
         self.close()
@@ -140,16 +144,27 @@ def open_tracker(
     """The trackers of a trial that goes on from `step`."""
     jsonl = Jsonl(directory / "metrics.jsonl", step)
     if config.kind == "wandb":
-        return Both(jsonl, Wandb(config, directory, trial))
+        return Both(jsonl, Wandb(config, directory, trial, step))
     return jsonl
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """The whole records of a file; a last line cut short by a kill is left out."""
+    """The whole records of a file; a last line cut short by a kill is left out.
+
+    Raises:
+      LoraxError: a line that is not JSON.
+    """
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines if line]
+    records = []
+    for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], start=1):
+        try:
+            records += [json.loads(line)] if line else []
+        except ValueError as fault:
+            raise LoraxError(
+                f"{path}:{number} is damaged ({fault}); delete the trial's folder to run it again"
+            ) from None
+    return records
 
 
 def finite(value: Any) -> Any:
@@ -165,10 +180,25 @@ def _line(record: Record) -> str:
     return json.dumps(finite(record), allow_nan=False) + "\n"
 
 
+def _run_id(directory: Path, name: str, step: int) -> str:
+    """The run's id, kept in the trial's folder: the same trial elsewhere is another run.
+
+    A trial that starts over has a new one, since W&B drops steps that a run has passed already.
+    """
+    path = directory / "wandb" / "run-id"
+    path.parent.mkdir(exist_ok=True)
+    if step == 0 or not path.exists():
+        path.write_text(f"{name}-{secrets.token_hex(4)}\n")
+    return path.read_text().strip()
+
+
 def _has_netrc_key() -> bool:
     import netrc
 
+    import wandb
+
+    host = urlsplit(wandb.setup().settings.base_url).netloc
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
         return False

@@ -94,6 +94,6 @@ def unstack(stacked: Any, index: int, like: Any) -> Any:
         value = row[tuple(slice(n) for n in np.shape(want))]
         if value.shape != np.shape(want):
             raise LoraxError(f"{name!r} has shape {row.shape} in the stack, not {np.shape(want)}")
-        return value
+        return np.array(value)  # a copy, which does not keep the whole stack alive
 
     return jax.tree_util.tree_map_with_path(leaf, like)

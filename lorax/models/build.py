@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -77,6 +78,7 @@ def load_model(
     key: jax.Array,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    on_host: bool = False,
 ) -> SequenceClassifier:
     """The model with the checkpoint's weights.
 
@@ -92,21 +94,18 @@ def load_model(
       key: draws the fresh head.
       dtype: compute dtype of the encoder.
       param_dtype: storage of the encoder's parameters; the head's stay float32.
+      on_host: leave the weights as NumPy arrays, to be cut over several devices.
 
     Raises:
-      LoraxError: as `abstract_model`; a checkpoint that is damaged or does not fit; `cudnn`
-        attention without a GPU or in float32.
+      LoraxError: as `abstract_model`; a checkpoint that is damaged or does not fit.
     """
-    if model.attention == "cudnn" and (
-        jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2
-    ):
-        raise LoraxError("model.attention=cudnn needs a GPU and bf16 compute: take xla or einsum")
     folder = resolve_source(model.source, model.revision)
     request = _Request(
         tuple(dataclasses.asdict(model).items()),
         num_outputs,
         jnp.dtype(dtype),
         jnp.dtype(param_dtype),
+        on_host,
         tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))),
     )
     graphdef, config, loaded = _load(request)
@@ -122,11 +121,12 @@ class _Request(NamedTuple):
     num_outputs: int
     dtype: Any
     param_dtype: Any
+    on_host: bool
     files: tuple[tuple[str, int], ...]
 
 
 @lru_cache(maxsize=2)
-def _load(request: _Request) -> tuple[Any, BertConfig, dict[str, jax.Array]]:
+def _load(request: _Request) -> tuple[Any, BertConfig, dict[str, Any]]:
     """(graph definition, architecture, the checkpoint's arrays); all trials share the arrays."""
     model = ModelConfig(**dict(request.model))
     dtypes = {"dtype": request.dtype, "param_dtype": request.param_dtype}
@@ -139,7 +139,8 @@ def _load(request: _Request) -> tuple[Any, BertConfig, dict[str, jax.Array]]:
         loaded = convert(tensors, wanted, config.model_type, load_head=model.pooling == "pooler")
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
-    return graphdef, config, {p: jnp.asarray(x, wanted[p].dtype) for p, x in loaded.items()}
+    place = np.asarray if request.on_host else jnp.asarray
+    return graphdef, config, {p: place(x, wanted[p].dtype) for p, x in loaded.items()}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from lorax.sweep.cli import at_the_door, config_of, hydra_main, register
 from lorax.sweep.packed import run_packed
+from lorax.sweep.plan_table import show_plan_if_asked
 from lorax.sweep.serial import check_trials, run_trials
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "register",
     "run_packed",
     "run_trials",
+    "show_plan_if_asked",
 ]

@@ -102,7 +102,8 @@ def quiet_libraries() -> None:
     """
     for name in ("jax", "orbax", "hydra._internal.core_plugins.basic_launcher"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):  # asyncio tells of Orbax's writes beside the one that failed
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _show_unraisable
 

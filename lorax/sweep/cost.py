@@ -83,27 +83,32 @@ def lengths_of(trial: TrialConfig) -> dict[int, float]:
 
 def steps_of(trial: TrialConfig) -> int:
     """Optimizer steps of a trial."""
-    epoch = -(-len(_dataset(trial).train) // trial.train.batch_size)
-    return trial.train.max_steps or trial.train.epochs * epoch
+    return trial.train.max_steps or trial.train.epochs * epoch_of(trial)
+
+
+def epoch_of(trial: TrialConfig) -> int:
+    """Optimizer steps of an epoch."""
+    return -(-len(_dataset(trial).train) // trial.train.batch_size)
 
 
 def measure_probe(trial: TrialConfig) -> Probe:
-    """Compile and time the step of one trial at the length that most steps have."""
+    """Compile and time the step of one trial at the length that most steps have.
+
+    On a mesh, of one trial on each of the devices that trials are spread over.
+    """
     shares = lengths_of(trial)
     length = max(shares, key=lambda edge: shares[edge])
-    setup, hyper = prepare(trial), hyper_of(trial)
-    state = init_state(setup.trainable, hyper, setup.dropout_key)
-    state = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
-    batch = dummy_batch(trial, length)
-    parts = state, setup.frozen, hyper, batch
-    cost, program = compile_cost(train_step, setup.program, *parts, as_new=True)
+    mesh = mesh_of(trial)
+    lanes = mesh.shape["trial"] if mesh else 1
+    engine = _engine([trial] * lanes, tokens_at_once=0, lanes=1)
+    step = [hyper_of(trial)] * lanes, [dummy_batch(trial, length)] * lanes
+    cost, _ = engine.compile(*step, is_trained=False)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        state, loss = program(state, setup.frozen, hyper, batch)
-        jax.block_until_ready(loss)
+        engine.read(engine.step(*step))
         seconds.append(time.perf_counter() - start)
-    tokens = trial.train.batch_size * length
+    tokens = lanes * trial.train.batch_size * length
     adapter = sizes_of([trial])[0].flops
     return Probe(cost.compile_seconds, min(seconds[1:]) / tokens, adapter)
 
@@ -115,23 +120,29 @@ def pack_memory(
 
     The program is compiled, and not run; training finds it in the cache.
     """
+    engine = _engine(trials, tokens_at_once=tokens_at_once, lanes=lanes)
+    length = _dataset(trials[0]).edges[-1]
+    batch = dummy_batch(trials[0], length)
+    hypers = [hyper_of(trial) for trial in trials]
+    cost, _ = engine.compile(hypers, [batch] * len(trials), is_trained=False)
+    return cost.memory_bytes, engine.side
+
+
+def _engine(trials: Sequence[TrialConfig], *, tokens_at_once: int, lanes: int | None) -> PackEngine:
+    """An engine that is not trained with: trials of one shape start from the same numbers."""
     setups = {_adapter_key(trial): prepare(trial) for trial in trials}
     states = {
         key: init_state(setup.trainable, hyper_of(trials[0]), setup.dropout_key)
         for key, setup in setups.items()
     }
     keys = [_adapter_key(trial) for trial in trials]
-    engine = PackEngine(
+    return PackEngine(
         [setups[key] for key in keys],
         [states[key] for key in keys],
         tokens_at_once=tokens_at_once,
         lanes=lanes,
         mesh=mesh_of(trials[0]),
     )
-    length = _dataset(trials[0]).edges[-1]
-    batch = dummy_batch(trials[0], length)
-    cost, _ = engine.compile([hyper_of(trial) for trial in trials], [batch] * len(trials))
-    return cost.memory_bytes, engine.side
 
 
 def trial_memory(trial: TrialConfig) -> int:
@@ -139,12 +150,16 @@ def trial_memory(trial: TrialConfig) -> int:
     setup, hyper = prepare(trial), hyper_of(trial)
     state = init_state(setup.trainable, hyper, setup.dropout_key)
     batch = dummy_batch(trial, _dataset(trial).edges[-1])
-    cost, _ = compile_cost(train_step, setup.program, state, setup.frozen, hyper, batch)
+    parts = state, setup.frozen, hyper, batch
+    cost, _ = compile_cost(train_step, setup.program, *parts, is_trained=False)
     return cost.memory_bytes
 
 
 def memory_limit(trial: TrialConfig) -> int:
-    """Bytes that a pack may take: as set, or nine tenths of what the device has."""
+    """Bytes that a pack may take: as set, or nine tenths of what there is.
+
+    That is a device's memory where it tells, else what the machine has left.
+    """
     if trial.sweep.memory_limit_gib is not None:
         return int(trial.sweep.memory_limit_gib * GIB)
     stats = jax.local_devices()[0].memory_stats() or {}
@@ -168,15 +183,32 @@ def _dataset(trial: TrialConfig) -> Dataset:
 
 
 def _free_host_memory() -> int:
-    """Free memory of the machine, or of the control group that this process is confined to."""
-    free = [_meminfo("MemAvailable")]
-    group = Path("/sys/fs/cgroup")
+    """Free memory of the machine, or of the control groups that this process is confined to."""
+    free = [_free_in(group) for group in _control_groups()]
+    return min([_meminfo("MemAvailable"), *(n for n in free if n is not None)])
+
+
+def _control_groups() -> list[Path]:
+    """This process's group (version 2) and those above it."""
+    root = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        free.append(int(limit) - int(used))
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return [root]
+    names = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
+    own = root / names[0] if names else root
+    return [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+
+
+def _free_in(group: Path) -> int | None:
+    """What a control group may still take; cached files make room. None without a limit."""
+    try:
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        words = (group / "memory.stat").read_text().split()
     except (OSError, ValueError):  # no such group, or no limit ("max")
-        pass
-    return min(free)
+        return None
+    cached = int(words[words.index("inactive_file") + 1]) if "inactive_file" in words else 0
+    return limit - used + cached
 
 
 def _meminfo(name: str) -> int:

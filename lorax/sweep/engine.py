@@ -40,7 +40,7 @@ class PackEngine:
 
     Attributes:
       state: stacked, ranks and targets zero-padded; donated to every step.
-      side: lanes that a device computes side by side in the program last asked for.
+      side: lanes that a device computes side by side in the step last asked for.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PackEngine:
         self.program, self.mesh, self.side = setups[0].program, mesh, 1
         self.tokens_at_once, self.lanes = tokens_at_once, lanes
         self._shapes = [jax.tree.map(_shape, state) for state in states]
-        self._programs: dict[tuple[int, int], tuple[StepCost, Any]] = {}
+        self._programs: dict[tuple[int, int], tuple[StepCost, Any, int]] = {}
         like = stacked_like(self._shapes)
         adapter = jax.tree.map(lambda _: None, like.trainable["lora"])
         params = {"base": setups[0].frozen.params["base"], "lora": adapter}
@@ -84,20 +84,30 @@ class PackEngine:
     @property
     def costs(self) -> list[StepCost]:
         """Of every program compiled so far."""
-        return [cost for cost, _ in self._programs.values()]
+        return [cost for cost, *_ in self._programs.values()]
 
     def compile(
-        self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]
+        self,
+        hypers: Sequence[Hyper],
+        batches: Sequence[HostBatch],
+        *,
+        is_trained: bool = True,
     ) -> tuple[StepCost, bool]:
-        """See `lorax.train.engine.Engine`."""
+        """See `lorax.train.engine.Engine`; `is_trained` as in `compile_cost`."""
         key = batches[0]["input_ids"].shape[1], self.count
         is_new = key not in self._programs
         if is_new:
             packed = self._packed(batches[0]["input_ids"].shape)
-            arguments = self._arguments(hypers, batches)
-            lanes = _counted(self._lanes_a_device, self.side)
-            self._programs[key] = compile_cost(packed_step(packed), *arguments, lanes=lanes)
-        return self._programs[key][0], is_new
+            lanes = _counted(self._lanes_a_device, packed.side_by_side) / self._row_devices
+            cost, program = compile_cost(
+                packed_step(packed),
+                *self._arguments(hypers, batches),
+                lanes=lanes,
+                is_trained=is_trained,
+            )
+            self._programs[key] = cost, program, packed.side_by_side
+        cost, _, self.side = self._programs[key]
+        return cost, is_new
 
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
         """See `lorax.train.engine.Engine`."""
@@ -149,14 +159,17 @@ class PackEngine:
 
     @property
     def _lanes_a_device(self) -> int:
-        return (
-            padded(self.count, self.mesh) // self.mesh.shape["trial"] if self.mesh else self.count
-        )
+        if self.mesh is None:
+            return self.count
+        return padded(self.count, self.mesh) // self.mesh.shape["trial"]
+
+    @property
+    def _row_devices(self) -> int:
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
 
     def _packed(self, shape: tuple[int, ...]) -> Packed:
         wanted = self.lanes or self.tokens_at_once // (shape[0] * shape[1])
-        self.side = even_share(self._lanes_a_device, wanted)
-        return Packed(self.program, self.side, self.mesh)
+        return Packed(self.program, even_share(self._lanes_a_device, wanted), self.mesh)
 
 
 def stacked_like(states: Sequence[Any]) -> State:
@@ -202,6 +215,12 @@ def mesh_of(trial: TrialConfig) -> Mesh | None:
                 f"sweep.mesh.fsdp={sizes.fsdp}"
             )
     return mesh
+
+
+def trains_alone(trials: Sequence[TrialConfig]) -> bool:
+    """Whether the trials of a pack need no lanes: a single one, and no mesh that could help it."""
+    trial = trials[0]
+    return len(trials) == 1 and (trial.train.mode == "full" or mesh_of(trial) is None)
 
 
 def even_share(count: int, wanted: int) -> int:

@@ -20,9 +20,8 @@ from lorax.errors import LoraxError
 from lorax.sweep.cli import quiet_libraries
 from lorax.sweep.groups import group_for_jobs
 from lorax.sweep.pack import ended_result, is_open
-from lorax.sweep.packed import check_sweep, run_packed
-from lorax.sweep.serial import check_trials
-from lorax.trial_id import trial_id
+from lorax.sweep.packed import checked, run_packed
+from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
 Result = dict[str, Any]
@@ -100,20 +99,18 @@ def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | Lor
       LoraxError: a trial that cannot run, before anything is submitted; or the submission failed.
     """
     _leave_accelerators_alone()
-    check_sweep(trials)
-    check_trials(trials)
-    unique = list({trial_id(trial): trial for trial in trials}.values())
+    unique = checked(trials, devices_are_here=False)
     jobs = [Job([unique[n] for n in group]) for group in group_for_jobs(unique)]
     # Whole groups: a pack that was cut short goes on with its ended trials in their lanes.
     jobs = [job for job in jobs if any(map(is_open, job.trials))]
     results, failed = _wait(jobs, submit)
-    ended = {trial_id(t): results.get(trial_id(t)) or ended_result(t) for t in unique}
+    ended = {trial_dir(t): results.get(trial_dir(t)) or ended_result(t) for t in unique}
     left = sum(result is None for result in ended.values())
     fault = LoraxError(
         f"{len(failed)} of {counted(len(jobs), 'job')} failed and left {counted(left, 'trial')}; "
         "the same command goes on with them"
     )
-    return [ended[trial_id(trial)] or fault for trial in trials]
+    return [ended[trial_dir(trial)] or fault for trial in trials]
 
 
 def _leave_accelerators_alone() -> None:
@@ -123,9 +120,9 @@ def _leave_accelerators_alone() -> None:
     jax.config.update("jax_platforms", "cpu")  # not the variable, which jobs would inherit
 
 
-def _wait(jobs: Sequence[Job], submit: Submit) -> tuple[dict[str, Result], list[int]]:
-    """The results of jobs, by trial, and the numbers of those that failed."""
-    results: dict[str, Result] = {}
+def _wait(jobs: Sequence[Job], submit: Submit) -> tuple[dict[Path, Result], list[int]]:
+    """The results of jobs, by directory, and the numbers of those that failed."""
+    results: dict[Path, Result] = {}
     failed: list[int] = []
     if not jobs:
         return results, failed
@@ -142,7 +139,7 @@ def _wait(jobs: Sequence[Job], submit: Submit) -> tuple[dict[str, Result], list[
                 failed.append(n)
                 log.error("%s: failed, %s (%s)", name, outcome.fault, outcome.place)
             else:
-                results |= {result["trial_id"]: result for result in outcome.results}
+                results |= zip(map(trial_dir, jobs[n].trials), outcome.results, strict=True)
                 log.info("%s: ended (%s)", name, outcome.place)
             bar.update(len(jobs[n].trials))
     return results, failed

@@ -12,7 +12,7 @@ from lorax.sweep.cli import config_of
 from lorax.sweep.jobs import Submit, run_jobs
 from lorax.sweep.packed import run_packed
 from lorax.sweep.plan_table import show_plan_if_asked
-from lorax.sweep.serial import check_trials, objective, summary_line, sweep_bar
+from lorax.sweep.serial import check_trials, objective, refuse_halving, summary_line, sweep_bar
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,10 @@ def launch(
     Raises:
       LoraxError: a trial that cannot run; nothing has been trained then.
     """
-    check_trials([config_of(compose(overrides)) for overrides in job_overrides])
+    trials = [config_of(compose(overrides)) for overrides in job_overrides]
+    show_plan_if_asked(trials)
+    refuse_halving(trials)
+    check_trials(trials)
     returns: list[JobReturn] = []
     with sweep_bar(job_overrides) as bar:
         for n, overrides in enumerate(bar):
@@ -75,7 +78,11 @@ def launch_jobs(
     The task function raises a LoraxError for a trial that a failed job has left open.
     """
     trials = [config_of(compose(overrides)) for overrides in job_overrides]
-    show_plan_if_asked(trials)
+    if any(trial.sweep.plan for trial in trials):
+        raise LoraxError(
+            "sweep.plan=true plans for the devices of this machine: give it on one of the "
+            "cluster's, with hydra/launcher=packed"
+        )
     return _recall_of(trials, run_jobs(trials, submit))
 
 

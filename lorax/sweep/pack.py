@@ -103,18 +103,27 @@ def tidy(trials: Sequence[TrialConfig]) -> None:
     """Close the packs that no trial goes on from; a kill just before a pack's end leaves such."""
     for folder in _folders(trials):
         record = read_record(folder) or {"trials": [], "is_over": True}
-        is_closed = record.get("is_over") and not (folder / CHECKPOINTS).is_dir()
-        if is_closed or _is_needed(folder.absolute(), record["trials"]):
+        if record.get("is_over") and not (folder / CHECKPOINTS).is_dir():
             continue
-        with contextlib.suppress(BusyError), locked(folder):
+        members = [folder.parents[1] / name for name in record["trials"]]
+        with contextlib.suppress(BusyError), contextlib.ExitStack() as locks:
+            for path in (folder, *filter(Path.is_dir, members)):
+                locks.enter_context(locked(path))
+            if _is_needed(folder, members):
+                continue
             if not record.get("is_over"):
                 write_json(folder / "pack.json", {**record, "is_over": True})
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _is_needed(folder: Path, names: Sequence[str]) -> bool:
-    opened = [path for path in folder.parents[1].iterdir() if not (path / "result.json").exists()]
-    return any(path.name in names or pointed_to(path) == folder / CHECKPOINTS for path in opened)
+def _is_needed(folder: Path, members: Sequence[Path]) -> bool:
+    """Whether a trial goes on from a pack: one without a result, or one cut that has gone on."""
+    checkpoints = folder.absolute() / CHECKPOINTS
+    return any(
+        path in members if read_result(path) is None else pointed_to(path) == checkpoints
+        for path in folder.parents[1].iterdir()
+        if finished_result(path) is None
+    )
 
 
 def _folders(trials: Sequence[TrialConfig]) -> list[Path]:

@@ -1,14 +1,19 @@
 """A whole sweep in packs: planned, trained, shared with other processes."""
 
+import contextlib
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
+from lorax.lock import is_free
+from lorax.sweep.cost import epoch_of, steps_of
 from lorax.sweep.engine import mesh_of
 from lorax.sweep.groups import group_trials, why_apart
 from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs, tidy
@@ -35,33 +40,63 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
       LoraxError: a trial that cannot run, before any has been trained; a directory that cannot
         be written; a single trial that does not fit in memory.
     """
-    check_sweep(trials)
-    for trial in trials:
-        mesh_of(trial)
-    check_trials(trials)
-    unique = list({trial_dir(trial): trial for trial in trials}.values())
+    unique = checked(trials)
+    tell_why_apart(unique)
     is_waiting = False
     while pending := [trial for trial in unique if is_open(trial)]:
-        packs = packs_to_run(unique)
-        if reason := why_apart(pending):
-            log.info("%d packs, as their trials differ in %s", len(packs), reason)
         with logging_redirect_tqdm():
-            trained = [run_pack(pack) for pack in packs]
+            trained = [run_pack(pack) for pack in packs_to_run(unique)]
         if any(trained):
             continue
         if not is_waiting:
             log.info("another process trains %d of the trials; waiting for it", len(pending))
         is_waiting = True
         time.sleep(POLL_SECONDS)
-    tidy(trials)
+    with contextlib.suppress(OSError):  # what is left over does no harm
+        tidy(unique)
     return [_result(trial) for trial in trials]
 
 
+def checked(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> list[TrialConfig]:
+    """The trials of a sweep that can run, each once.
+
+    Args:
+      trials: as they were asked for.
+      devices_are_here: False where other processes train them, on devices of their own.
+
+    Raises:
+      LoraxError: settings or a trial that cannot run.
+    """
+    check_sweep(trials)
+    check_trials(trials, devices_are_here=devices_are_here)
+    for trial in trials:
+        _check_halving(trial)
+    if devices_are_here:
+        for trial in trials:
+            mesh_of(trial)
+    unique = list({trial_dir(trial): trial for trial in trials}.values())
+    if len(unique) < len(trials):
+        log.info("%d of %d trials are the same as others", len(trials) - len(unique), len(trials))
+    return unique
+
+
+def tell_why_apart(trials: Sequence[TrialConfig]) -> None:
+    """Log why trials that are still to be trained cannot all share a program."""
+    opened = [trial for trial in trials if is_open(trial)]
+    if reason := why_apart(opened):
+        count = len(group_trials(opened))
+        log.info("%d programs, as the trials differ in %s", count, reason)
+
+
 def packs_to_run(trials: Sequence[TrialConfig]) -> list[Pack]:
-    """The packs that were cut short, as they were; then the rest of the open trials, planned."""
+    """The packs that were cut short, as they were; then the rest of the open trials, planned.
+
+    What another process trains alone is left out; what it trains in packs has a record.
+    """
     known = recorded_packs(trials)
     taken = {trial_dir(trial) for pack in known for trial in pack.trials}
     rest = [trial for trial in trials if is_open(trial) and trial_dir(trial) not in taken]
+    rest = [trial for trial in rest if is_free(trial_dir(trial))]
     groups = [[rest[n] for n in group] for group in group_trials(rest)]
     return [*known, *(pack for group in groups for pack in plan_packs(group))]
 
@@ -72,10 +107,16 @@ def check_sweep(trials: Sequence[TrialConfig]) -> None:
     Raises:
       LoraxError: naming the key, its value and what would be right.
     """
+    if jax.process_count() > 1:
+        raise LoraxError(
+            "a sweep does not run in several jax.distributed processes; start each on its own, "
+            "on one sweep directory: they share the trials"
+        )
     for trial in trials:
         sweep = trial.sweep
-        if (sweep.halving, sweep.mesh) != (trials[0].sweep.halving, trials[0].sweep.mesh):
-            raise LoraxError("sweep.halving and sweep.mesh must be the same for all trials")
+        for name in ("halving", "mesh", "lanes", "memory_limit_gib"):
+            if getattr(sweep, name) != getattr(trials[0].sweep, name):
+                raise LoraxError(f"sweep.{name} must be the same for all trials of a sweep")
         for name, value in (
             ("max_trials", sweep.max_trials),
             ("lanes", sweep.lanes),
@@ -91,6 +132,18 @@ def check_sweep(trials: Sequence[TrialConfig]) -> None:
         limit = sweep.memory_limit_gib
         if limit is not None and not limit > 0:
             raise LoraxError(f"sweep.memory_limit_gib={limit} is not a positive number")
+
+
+def _check_halving(trial: TrialConfig) -> None:
+    after, every = trial.sweep.halving.after, trial.train.eval_every or epoch_of(trial)
+    if after is None:
+        return
+    first, total = math.ceil(after / every) * every, steps_of(trial)
+    if first >= total:
+        raise LoraxError(
+            f"sweep.halving.after={after} would cut nothing: the first evaluation from there on "
+            f"is at step {first}, and trials have {total}; lower it, or train.eval_every={every}"
+        )
 
 
 def _result(trial: TrialConfig) -> dict[str, Any]:

@@ -7,11 +7,9 @@ from typing import Any
 from lorax.config import TrialConfig
 from lorax.sweep.cost import GIB, memory_limit
 from lorax.sweep.groups import group_trials, why_apart
-from lorax.sweep.pack import PACKS, Pack, read_record
-from lorax.sweep.packed import check_sweep
+from lorax.sweep.pack import Pack, read_record
+from lorax.sweep.packed import checked
 from lorax.sweep.planner import plan_packs
-from lorax.sweep.serial import check_trials
-from lorax.trial_id import sweep_dir, trial_dir
 
 COLUMNS = (
     "pack",
@@ -45,9 +43,7 @@ def print_plan(trials: Sequence[TrialConfig]) -> None:
     Raises:
       LoraxError: as `lorax.sweep.run_packed`.
     """
-    check_sweep(trials)
-    check_trials(trials)
-    trials = list({trial_dir(trial): trial for trial in trials}.values())
+    trials = checked(trials)
     groups = [[trials[n] for n in group] for group in group_trials(trials)]
     packs = [pack for group in groups for pack in plan_packs(group, with_times=True)]
     print(table([_row(pack) for pack in packs]))
@@ -77,7 +73,7 @@ def _row(pack: Pack) -> list[str]:
         str(predicted["side_by_side"]),
         f"{100 * (predicted['padding'] or 0):.0f}%",
         _gib(predicted["memory_bytes"]),
-        _gib(measured.get("memory_bytes")),
+        _gib(measured.get("peak_bytes")),
         _seconds(predicted.get("seconds_per_step")),
         _seconds(measured.get("seconds_per_step")),
         _seconds(predicted.get("seconds")),
@@ -86,8 +82,7 @@ def _row(pack: Pack) -> list[str]:
 
 
 def _measured(pack: Pack) -> dict[str, Any]:
-    record = read_record(sweep_dir(pack.trials[0]) / PACKS / pack.name)
-    return (record or {}).get("measured") or {}
+    return (read_record(pack.directory) or {}).get("measured") or {}
 
 
 def _gib(number: float | None) -> str:

@@ -21,6 +21,7 @@ from lorax.sweep.cost import (
     steps_of,
     trial_memory,
 )
+from lorax.sweep.engine import trains_alone
 from lorax.sweep.groups import even_parts
 from lorax.sweep.pack import Pack
 
@@ -122,7 +123,7 @@ def _fitting(
     is_cpu = jax.default_backend() == "cpu"
     tokens = CPU_TOKENS if is_cpu else 2**62
     while True:
-        if len(trials) == 1:
+        if trains_alone(trials):
             memory, side = trial_memory(trials[0]), 1
         else:
             memory, side = pack_memory(trials, tokens_at_once=tokens, lanes=lanes)

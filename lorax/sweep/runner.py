@@ -4,8 +4,7 @@ import contextlib
 import gc
 import logging
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,19 @@ from lorax.checkpoint import Checkpoints
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
-from lorax.sweep.engine import PackEngine, mesh_of
+from lorax.sweep.engine import PackEngine, mesh_of, trains_alone
 from lorax.sweep.halving import judge
 from lorax.sweep.pack import Pack, is_open, read_record, write_record
-from lorax.sweep.standing import beginning, checkpoint_of, members_of, start_in, step_of
+from lorax.sweep.standing import Leg, legs_of
 from lorax.train.lane import Lane
 from lorax.train.loop import Loop
-from lorax.train.measure import peak_rss, reset_peak_rss
+from lorax.train.measure import reset_peak_rss
 from lorax.train.restore import CHECKPOINTS, POINTER, own_steps, point_to
-from lorax.train.results import finished_result, write_result
+from lorax.train.results import finished_result, read_result, write_result
 from lorax.train.setup import load_dataset
 from lorax.train.trial import (
     Start,
     clean,
-    find_start,
     open_lane,
     progress_bar,
     run_trial,
@@ -50,17 +48,18 @@ def run_pack(pack: Pack) -> bool:
     Raises:
       LoraxError: a directory that cannot be written; a single trial that does not fit in memory.
     """
-    if len(pack.trials) == 1 and not pack.checkpoints.is_dir():
+    if trains_alone(pack.trials) and not pack.checkpoints.is_dir():
         return _run_alone(pack)
     with writing(pack.directory), contextlib.ExitStack() as locks:
         if not _take(pack.directory, locks):
             return False
         held = [trial for trial in pack.trials if _take(trial_dir(trial), locks)]
         opened = tuple(trial for trial in held if is_open(trial))
-        if opened and len(held) == len(pack.trials) and read_record(pack.directory):
+        is_as_it_was = len(held) == len(pack.trials) and read_record(pack.directory)
+        if opened and (is_as_it_was or len(opened) == len(pack.trials)):
             _train_fitting(pack)
         elif opened:
-            _train_fitting(replace(pack, trials=opened))
+            _train_instead(pack, [replace(pack, trials=opened)])
     return bool(opened)
 
 
@@ -74,11 +73,11 @@ def _run_alone(pack: Pack) -> bool:
         if not is_out_of_memory(fault):
             raise
         raise _too_large(pack) from fault
-    with writing(pack.directory):
-        names = {"seconds": "seconds_total", "memory_bytes": "step_memory_bytes"}
-        same = ("seconds_per_step", "compile_seconds", "peak_rss_bytes")
-        measured = {name: result[names.get(name, name)] for name in (*names, *same)}
-        write_record(pack, is_over=True, measured=measured)
+    with writing(pack.directory), contextlib.ExitStack() as locks:
+        if _take(pack.directory, locks):
+            measured = {name: result[name] for name in ("seconds_per_step", "compile_seconds")}
+            measured |= {"seconds": result["seconds_total"], "peak_bytes": _peak_of([result])}
+            write_record(pack, is_over=True, measured=measured)
     return True
 
 
@@ -92,13 +91,30 @@ def _take(directory: Path, locks: contextlib.ExitStack) -> bool:
 
 
 def _train_fitting(pack: Pack) -> None:
-    """Train a pack; one that runs out of memory goes on with less at once, from where it stood."""
-    side = _out_of_memory_side(pack)
-    if side is None:
+    """Train a pack's open trials to their ends, in other packs where they cannot go together."""
+    if not any(map(is_open, pack.trials)):
+        _close(pack)
         return
-    gc.collect()
+    legs = legs_of(pack)
+    if [leg.pack for leg in legs] != [pack]:
+        _train_instead(pack, [leg.pack for leg in legs])
+    elif side := _train(legs[0]):
+        gc.collect()
+        _train_with_less(pack, side)
+
+
+def _train_instead(pack: Pack, parts: Sequence[Pack]) -> None:
+    """Train a pack's trials in other packs, which begin at its checkpoint."""
+    if read_record(pack.directory):
+        write_record(pack, is_over=True)
+    for part in parts:
+        _train_fitting(part)
+
+
+def _train_with_less(pack: Pack, side: int) -> None:
+    """A pack that ran out of memory goes on with less at once, from where it stood."""
     smaller = smaller_packs(pack, side)
-    is_split = smaller[0].name != pack.name
+    is_split = [part.name for part in smaller] != [pack.name]
     log.warning(
         "pack %s ran out of memory with %d trials side by side: going on with %s",
         pack.name,
@@ -106,11 +122,9 @@ def _train_fitting(pack: Pack) -> None:
         "packs of half the size" if is_split else f"{smaller[0].lanes} side by side",
     )
     if is_split:
-        write_record(pack, is_over=True)
-    for part in smaller:
-        _train_fitting(part)
-    if is_split:
-        shutil.rmtree(pack.checkpoints, ignore_errors=True)
+        _train_instead(pack, smaller)
+    else:
+        _train_fitting(smaller[0])
 
 
 def smaller_packs(pack: Pack, side: int) -> list[Pack]:
@@ -136,59 +150,44 @@ def _too_large(pack: Pack) -> LoraxError:
     )
 
 
-def _out_of_memory_side(pack: Pack) -> int | None:
-    """None when the pack is over; else how many lanes side by side were too many."""
-    if found := checkpoint_of(pack):
-        members = members_of(pack, found)
-        if any(is_open(trial) for trial in members):
-            starts = [start_in(pack, found, trial) for trial in members]
-            return _train(pack, members, starts, step_of(found))
-        _close(pack)
-        return None
-    packs: dict[Path, Any] = {}
-    starts = [
-        find_start(trial, trial_dir(trial), packs) if is_open(trial) else beginning(trial)
-        for trial in pack.trials
-    ]
-    opened = [pair for pair in zip(pack.trials, starts, strict=True) if is_open(pair[0])]
-    steps = sorted({start.progress.step for _, start in opened})
-    if len(steps) == 1:
-        shutil.rmtree(pack.checkpoints, ignore_errors=True)  # of trials that are elsewhere now
-        return _train(pack, pack.trials, starts, steps[0])
-    for step in steps:  # trials that come from different places go on in packs of their own
-        part = tuple(trial for trial, start in opened if start.progress.step == step)
-        _train_fitting(replace(pack, trials=part))
-    return None
-
-
-def _train(
-    pack: Pack, members: Sequence[TrialConfig], starts: Sequence[Start], step: int
-) -> int | None:
+def _train(leg: Leg) -> int | None:
+    """Train a leg to its end; or say how many lanes side by side were too many for the memory."""
+    pack = leg.pack
     reset_peak_rss()
-    lanes = [_lane(trial, start) for trial, start in zip(members, starts, strict=True)]
-    for lane in lanes:
-        lane.meter.share(len(lanes))
-    write_record(pack)
-    checkpoints = Checkpoints(pack.checkpoints)
-    if step:
-        log.info("pack %s goes on from step %d of %d", pack.name, step, lanes[0].total_steps)
-    started, engine = time.perf_counter(), None
-    try:
-        engine = _engine(pack, starts)
-        loop = _loop(lanes, engine, checkpoints, step)
-        with progress_bar(members, loop) as bar:
-            loop.run(bar)
-    except (jax.errors.JaxRuntimeError, MemoryError) as fault:
-        if not is_out_of_memory(fault):
-            raise
-        return engine.side if engine else 1
-    finally:
-        checkpoints.close()
-        for lane in lanes:
-            if not lane.has_ended:
-                lane.tracker.close()
-    _close(pack, measured=_measured(engine, loop, started))
+    if leg.step == 0:
+        shutil.rmtree(pack.checkpoints, ignore_errors=True)  # of trials that were deleted since
+    engine = None
+    with contextlib.ExitStack() as opened:
+        lanes = _open_lanes(leg, opened)
+        write_record(pack)
+        checkpoints = opened.enter_context(contextlib.closing(Checkpoints(pack.checkpoints)))
+        if leg.step:
+            log.info(
+                "pack %s goes on from step %d of %d", pack.name, leg.step, lanes[0].total_steps
+            )
+        try:
+            engine = _engine(pack, leg.starts)
+            leg.starts.clear()  # the engine's states are copies
+            loop = _loop(lanes, engine, checkpoints, leg.step)
+            with progress_bar(leg.trials, loop) as bar:
+                loop.run(bar)
+        except (jax.errors.JaxRuntimeError, MemoryError) as fault:
+            if not is_out_of_memory(fault):
+                raise
+            return engine.side if engine else 1
+    _close(pack, measured=_measured(pack, engine, loop))
     return None
+
+
+def _open_lanes(leg: Leg, opened: contextlib.ExitStack) -> list[Lane]:
+    lanes: list[Lane] = []
+    for trial, start in zip(leg.trials, leg.starts, strict=True):
+        lanes.append(_lane(trial, start))
+        opened.callback(lanes[-1].close)
+    since = min(lane.meter.started for lane in lanes)  # when the first was prepared
+    for lane in lanes:
+        lane.meter.share(len(lanes), since)
+    return lanes
 
 
 def _close(pack: Pack, **more: Any) -> None:
@@ -272,28 +271,24 @@ def _end(loop: Loop, engine: PackEngine, lane: Lane) -> None:
     keeps = config.train.keep_checkpoints and not progress.reason
     if (keeps or progress.cut) and (is_new or not own_steps(directory)):
         state = {"state": engine.state_of(loop.lanes.index(lane)), "best": lane.best}
-        with _closing(Checkpoints(directory / CHECKPOINTS)) as own:
+        with contextlib.closing(Checkpoints(directory / CHECKPOINTS)) as own:
             own.save(progress.step, state, lane.record())
     (directory / POINTER).unlink(missing_ok=True)
     if finished_result(directory):
         clean(config, directory)
 
 
-@contextlib.contextmanager
-def _closing(checkpoints: Checkpoints) -> Iterator[Checkpoints]:
-    try:
-        yield checkpoints
-    finally:
-        checkpoints.close()
-
-
-def _measured(engine: PackEngine, loop: Loop, started: float) -> dict[str, Any]:
-    costs = engine.costs
-    steps = loop.lanes[0].meter.step_seconds
+def _measured(pack: Pack, engine: PackEngine, loop: Loop) -> dict[str, Any]:
+    results = [result for trial in pack.trials if (result := read_result(trial_dir(trial)))]
+    steps = loop.full_steps
     return {
-        "seconds": time.perf_counter() - started,
-        "seconds_per_step": float(np.median(steps)) * len(loop.lanes) if steps else None,
-        "compile_seconds": sum(cost.compile_seconds for cost in costs),
-        "memory_bytes": max((cost.memory_bytes for cost in costs), default=0),
-        "peak_rss_bytes": peak_rss(),
+        "seconds": sum(result["seconds_total"] for result in results),
+        "seconds_per_step": float(np.median(steps)) if steps else None,
+        "compile_seconds": sum(cost.compile_seconds for cost in engine.costs),
+        "peak_bytes": _peak_of(results),
     }
+
+
+def _peak_of(results: Sequence[dict[str, Any]]) -> int:
+    """Most memory that was taken: the device's own account, or else the process's size."""
+    return max((r["peak_device_bytes"] or r["peak_rss_bytes"] for r in results), default=0)

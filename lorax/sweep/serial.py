@@ -18,15 +18,15 @@ from lorax.trial_id import trial_id
 log = logging.getLogger(__name__)
 
 
-def check_trials(trials: Sequence[TrialConfig]) -> None:
-    """Refuse a sweep before any of it trains.
+def check_trials(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> None:
+    """Refuse a sweep before any of it trains; see `check_trial`.
 
     Raises:
       LoraxError: the first trial that cannot run, and why.
     """
     for trial in trials:
         try:
-            check_trial(trial)
+            check_trial(trial, devices_are_here=devices_are_here)
         except LoraxError as fault:
             where = f" (trial {trial_id(trial)})" if len(trials) > 1 else ""
             raise LoraxError(f"{fault}{where}") from fault
@@ -48,9 +48,20 @@ def run_trials(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
 
 def run_and_tell(trial: TrialConfig) -> dict[str, Any]:
     """Run a trial and log one line on how it ended."""
+    refuse_halving([trial])
     result = run_trial(trial)
     log.info(summary_line(result))
     return result
+
+
+def refuse_halving(trials: Sequence[TrialConfig]) -> None:
+    """Trials one after another cannot be compared on their way.
+
+    Raises:
+      LoraxError: `sweep.halving` is on.
+    """
+    if any(trial.sweep.halving.after is not None for trial in trials):
+        raise LoraxError("sweep.halving compares trials in lockstep: add hydra/launcher=packed")
 
 
 @contextlib.contextmanager

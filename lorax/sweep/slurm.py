@@ -41,9 +41,8 @@ def submit(
     try:
         for job in as_completed(submitted, poll_frequency=POLL_SECONDS[cluster]):
             yield numbers[job.job_id], _outcome(job)
-    except KeyboardInterrupt:
+    finally:  # also when whoever waits for the outcomes is interrupted
         _leave([job for job in submitted if not job.done()], cluster)
-        raise
 
 
 def _submit(jobs: Sequence[Job], cluster: str, options: Mapping[str, Any]) -> list[Any]:

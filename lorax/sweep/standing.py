@@ -1,5 +1,9 @@
 """Where the trials of a pack stand, and so where it goes on from."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 
@@ -11,8 +15,54 @@ from lorax.train.measure import Meter
 from lorax.train.restore import Found, lane_of, own_steps, pointed_to, read_pack
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
-from lorax.train.trial import Start
+from lorax.train.trial import Start, find_start
 from lorax.trial_id import trial_dir, trial_id
+
+
+class Leg(NamedTuple):
+    """Lanes that go on together.
+
+    Attributes:
+      pack: in which; it may have more trials, which have ended.
+      trials: of the lanes, in order.
+      starts: where each stands.
+      step: after how many optimizer steps.
+    """
+
+    pack: Pack
+    trials: tuple[TrialConfig, ...]
+    starts: list[Start]
+    step: int
+
+
+def legs_of(pack: Pack) -> list[Leg]:
+    """How the open trials of a pack go on: in one leg, or in one for each step they stand at.
+
+    From the pack's own checkpoint, and from its beginning, trials that have ended keep their
+    lanes: the program, and so every bit, is the same as before.
+    """
+    if found := checkpoint_of(pack):
+        members = members_of(pack, found)
+        starts = [start_in(pack, found, trial) for trial in members]
+        return [Leg(pack, members, starts, step_of(found))]
+    packs: dict[Path, Any] = {}
+    starts_by_trial = {
+        trial_dir(trial): find_start(trial, trial_dir(trial), packs)
+        for trial in pack.trials
+        if is_open(trial)
+    }
+    steps = sorted({start.progress.step for start in starts_by_trial.values()})
+    if steps == [0]:
+        starts = [starts_by_trial.get(trial_dir(t)) or beginning(t) for t in pack.trials]
+        return [Leg(pack, pack.trials, starts, 0)]
+    return [_leg_at(step, pack, starts_by_trial) for step in steps]
+
+
+def _leg_at(step: int, pack: Pack, starts: dict[Path, Start]) -> Leg:
+    there = {path for path, start in starts.items() if start.progress.step == step}
+    trials = tuple(trial for trial in pack.trials if trial_dir(trial) in there)
+    part = replace(pack, trials=trials)
+    return Leg(part, trials, [starts[trial_dir(trial)] for trial in trials], step)
 
 
 def checkpoint_of(pack: Pack) -> Found | None:
@@ -29,11 +79,11 @@ def step_of(found: Found) -> int:
     return max(lane["progress"]["step"] for lane in found[1]["lanes"].values())
 
 
-def members_of(pack: Pack, found: Found) -> list[TrialConfig]:
+def members_of(pack: Pack, found: Found) -> tuple[TrialConfig, ...]:
     """The trials in a checkpoint's lanes, in their order; a pack may have shrunk before it."""
     trials = dict(zip(pack.ids, pack.trials, strict=True))
     lanes = sorted(found[1]["lanes"].items(), key=lambda item: item[1]["index"])
-    return [trials[name] for name, _ in lanes]
+    return tuple(trials[name] for name, _ in lanes)
 
 
 def _stands_in(pack: Pack, step: int, trial: TrialConfig) -> bool:

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from lorax import data
-from lorax.config import TrialConfig
 from lorax.train.metrics import evaluate
 from lorax.train.setup import Dataset, Setup
 from lorax.train.step import example_losses, predict
@@ -48,18 +47,6 @@ def score(dataset: Dataset, outputs: Mapping[str, np.ndarray]) -> dict[str, floa
         metrics["loss"] = float(np.mean(losses))
         results |= {metric + suffix: value for metric, value in metrics.items()}
     return results
-
-
-def evaluate_splits(
-    setup: Setup, dataset: Dataset, trainable: Any, config: TrialConfig
-) -> dict[str, float]:
-    """Loss and metrics of one trial on every dev split; see `score`."""
-    size = config.train.eval_batch_size
-    outputs = {
-        name: predict_all(setup, dataset, encoded, trainable, size)
-        for name, encoded in dataset.dev.items()
-    }
-    return score(dataset, outputs)
 
 
 def predict_all(

@@ -20,24 +20,17 @@ from lorax.train.setup import Dataset, Setup, hyper_of
 class Progress:
     """Where a trial stands: what a checkpoint keeps besides arrays.
 
-    `epoch` and `position` (batches done in it) are the data position; with the seed they give
-    the next batch. `cut` says when, and after what comparison, halving ended the trial.
+    The step and the seed give the next batch. `cut` says when, and after what comparison,
+    halving ended the trial.
     """
 
     step: int = 0
-    epoch: int = 0
-    position: int = 0
     best: dict[str, Any] | None = None
     last: dict[str, Any] | None = None
     evaluations_since_best: int = 0
     stopped_early: bool = False
     reason: str | None = None
     cut: dict[str, Any] | None = None
-
-    def advance(self, batches_per_epoch: int) -> None:
-        """Count one optimizer step."""
-        self.step += 1
-        self.epoch, self.position = divmod(self.step, batches_per_epoch)
 
 
 @dataclass
@@ -62,6 +55,11 @@ class Lane:
     def __post_init__(self) -> None:
         o = self.config.optimizer
         self._factor = lr_factor(o.schedule, self.total_steps, o.warmup_ratio)
+
+    def close(self) -> None:
+        """Let go of a trial that has not ended: it goes on elsewhere."""
+        if not self.has_ended:
+            self.tracker.close()
 
     @property
     def is_alive(self) -> bool:

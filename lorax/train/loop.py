@@ -45,6 +45,8 @@ class Loop:
     ):
         self.dataset, self.lanes, self.engine = dataset, list(lanes), engine
         self.step, self._save, self._end, self._judge = step, save, end, judge
+        self.full_steps: list[float] = []  # seconds of the steps of all lanes together
+        self._width = len(lanes)
         self.train = lanes[0].config.train
         self.batches_per_epoch = lanes[0].batches_per_epoch
         self.total_steps = lanes[0].total_steps
@@ -65,23 +67,24 @@ class Loop:
         for batches in self._batches():
             hypers = [lane.hyper(self.step) for lane in self.lanes]
             cost, is_new = self.engine.compile(hypers, batches)
+            start, seconds = time.perf_counter(), None
             losses = self.engine.step(hypers, batches)
             rates = [float(hyper.lr) for hyper in hypers]
             previous, pending = pending, (self.step + 1, rates, losses)
             if previous:
                 self._settle(*previous, bar)
+                seconds = time.perf_counter() - clock
             if not self.alive():
                 break
             self._advance(batches[0]["input_ids"].shape[1], cost, is_new)
             due = self._due()
             if due:
                 self._settle(*pending, bar)
-            now = time.perf_counter()
-            if previous and not is_new:
-                for lane in self.alive():
-                    lane.meter.add_step(now - clock)
-            if due:
+                seconds = seconds or time.perf_counter() - start
                 pending = None
+            if seconds and not is_new:
+                self._add_step(seconds)
+            if due:
                 self._pause(due)
             if not self.alive():
                 break
@@ -106,15 +109,22 @@ class Loop:
             for n in range(position, self.batches_per_epoch):
                 if self.step >= self.total_steps:
                     return
-                chosen = {seed: order[n] for seed, order in orders.items()}
+                seeds = {lane.config.seed for lane in self.lanes}  # lanes may have been left out
+                chosen = {seed: orders[seed][n] for seed in seeds}
                 batches = collate_alike(self.dataset, chosen, train.batch_size)
                 yield [batches[lane.config.seed] for lane in self.lanes]
 
     def _advance(self, length: int, cost: Any, is_new: bool) -> None:
         self.step += 1
         for lane in self.alive():
-            lane.progress.advance(self.batches_per_epoch)
+            lane.progress.step += 1
             lane.meter.count(length, cost, is_new)
+
+    def _add_step(self, seconds: float) -> None:
+        if len(self.lanes) == self._width:
+            self.full_steps.append(seconds)
+        for lane in self.alive():
+            lane.meter.add_step(seconds)
 
     def _settle(self, number: int, rates: list[float], losses: jax.Array, bar: Any) -> None:
         """Wait for a step's losses and record them."""

@@ -35,6 +35,7 @@ class Meter:
     """Costs of one trial, filled in by the loop.
 
     Attributes:
+      compile_seconds: time spent compiling the step, in all legs up to their last checkpoint.
       lanes: trials that the process trains together; time and compilation are shared evenly.
       most_lanes: of all legs: what the result tells.
     """
@@ -44,8 +45,8 @@ class Meter:
     step_seconds: list[float] = field(default_factory=list)
     steps_by_length: dict[int, int] = field(default_factory=dict)
     earlier_seconds: float = 0.0
-    earlier_compile_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    compile_seconds: float = 0.0
+    started: float = field(default_factory=lambda: time.perf_counter())  # noqa: PLW0108 (tests set the clock)
     lanes: int = 1
     most_lanes: int = 1
 
@@ -66,18 +67,12 @@ class Meter:
         meter = cls(
             step_seconds=list(record["step_seconds"]),
             earlier_seconds=record["seconds"],
-            earlier_compile_seconds=record["compile_seconds"],
+            compile_seconds=record["compile_seconds"],
             most_lanes=record["most_lanes"],
         )
         meter.earlier = {int(t): StepCost(**cost) for t, cost in record["shapes"].items()}
         meter.steps_by_length = {int(t): n for t, n in record["steps_by_length"].items()}
         return meter
-
-    @property
-    def compile_seconds(self) -> float:
-        """Time spent compiling the step, in all legs up to their last checkpoint."""
-        now = sum(cost.compile_seconds for cost in self.shapes.values())
-        return self.earlier_compile_seconds + now
 
     @property
     def seconds(self) -> float:
@@ -86,19 +81,21 @@ class Meter:
 
     def count(self, length: int, cost: StepCost, is_new: bool) -> None:
         """Count a step on batches of `length` tokens; its program may have been compiled for it."""
-        compile_seconds = cost.compile_seconds / self.lanes if is_new else 0.0
-        if length not in self.shapes:
-            self.shapes[length] = replace(cost, compile_seconds=compile_seconds)
+        if is_new:
+            self.compile_seconds += cost.compile_seconds / self.lanes
+        self.shapes.setdefault(length, cost)
         self.steps_by_length[length] = self.steps_by_length.get(length, 0) + 1
 
     def add_step(self, seconds: float) -> None:
         """Note how long a step took, without compilation: the trial's share of it."""
         self.step_seconds.append(seconds / self.lanes)
 
-    def share(self, lanes: int) -> None:
-        """From now on so many trials share the process's time."""
-        self.earlier_seconds, self.started = self.seconds, time.perf_counter()
-        self.lanes, self.most_lanes = lanes, max(lanes, self.most_lanes)
+    def share(self, lanes: int, since: float | None = None) -> None:
+        """So many trials share the process's time: from now on, or in the whole leg `since`."""
+        if since is None:
+            self.earlier_seconds, since = self.seconds, time.perf_counter()
+        self.started, self.lanes = since, lanes
+        self.most_lanes = max(lanes, self.most_lanes)
 
     def summary(self) -> dict[str, Any]:
         """The costs, for `result.json`."""
@@ -119,32 +116,45 @@ class Meter:
 
 
 def compile_cost(
-    jitted: Any, *args: Any, lanes: int = 1, as_new: bool = False
+    jitted: Any, *args: Any, lanes: float = 1, is_trained: bool = True
 ) -> tuple[StepCost, Any]:
     """Compile for the arguments' shapes, once a process.
 
-    Asked again for the same shapes, it costs nothing and says so.
+    Asked again for the same shapes, it costs nothing; the first who trains with it is told what
+    compiling took, the others 0.
 
     Args:
       jitted: a jitted function that is made once a process.
       *args: its arguments.
       lanes: how many lanes' steps the program's FLOPs are counted for.
-      as_new: tell what compiling took the first time.
+      is_trained: False for who only plans, and is told in any case.
 
     Returns:
       The cost, and the executable, which takes the arguments that are not static.
     """
-    key = jitted, jax.tree.structure(args), *map(_shape_of, jax.tree.leaves(args))
-    if key in _COMPILED:
-        cost, compiled = _COMPILED[key]
-        return cost if as_new else replace(cost, compile_seconds=0.0), compiled
-    start = time.perf_counter()
-    compiled = jitted.lower(*args).compile()
-    seconds = time.perf_counter() - start
-    flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-    cost = StepCost(seconds, float(flops) / lanes, program_bytes(compiled))
-    _COMPILED[key] = cost, compiled
+    shapes = map(_shape_of, jax.tree.leaves(args))
+    key = jitted, jax.tree.structure(args), *_numerics(), *shapes
+    if key not in _COMPILED:
+        start = time.perf_counter()
+        compiled = jitted.lower(*args).compile()
+        seconds = time.perf_counter() - start
+        flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+        _COMPILED[key] = StepCost(seconds, float(flops) / lanes, program_bytes(compiled)), compiled
+    cost, compiled = _COMPILED[key]
+    if is_trained:
+        _COMPILED[key] = replace(cost, compile_seconds=0.0), compiled
     return cost, compiled
+
+
+def compiled_programs() -> int:
+    """How many programs this process has compiled by `compile_cost`."""
+    return len(_COMPILED)
+
+
+def _numerics() -> tuple[Any, ...]:
+    """What else of JAX's configuration a program's numbers depend on."""
+    names = ("default_matmul_precision", "enable_x64", "numpy_dtype_promotion", "debug_nans")
+    return tuple(getattr(jax.config, f"jax_{name}") for name in names)
 
 
 def _shape_of(leaf: Any) -> Any:
@@ -169,14 +179,14 @@ def reset_peak_rss() -> None:
 def peak_rss() -> int:
     """Largest resident size of this process, in bytes, since `reset_peak_rss`."""
     try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        line = next(line for line in lines if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):  # no Linux, or a sandbox that leaves the line out
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def _peak_device() -> int | None:
@@ -186,8 +196,6 @@ def _peak_device() -> int | None:
 
 def environment() -> dict[str, Any]:
     """What the figures were measured on."""
-    from importlib.metadata import version
-
     device = jax.devices()[0]
     return {
         "device": _processor() if device.platform == "cpu" else device.device_kind,
@@ -195,9 +203,19 @@ def environment() -> dict[str, Any]:
         "devices": jax.device_count(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-        "lorax": version("lorax-flax"),
+        **{name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
+        "lorax": _version("lorax-flax"),
     }
+
+
+def _version(package: str) -> str | None:
+    """None for a clone that was not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -182,8 +182,8 @@ def map_lanes(
 def jit_lanes(function: Callable[..., Any], mesh: Mesh | None, **options: Any) -> Any:
     """`jax.jit` of a function that returns lanes: spread over `trial`, whole on the other axes.
 
-    Left to itself XLA may cut a new state along `data` or `fsdp`; the next call would compile
-    again and could not reuse the donated memory.
+    Left to itself XLA may cut a new state along `data` or `fsdp`, which the next call of the same
+    executable would refuse.
     """
     if mesh is None:
         return jax.jit(function, **options)

@@ -52,13 +52,19 @@ def spec_of(lora: LoraConfig) -> LoraSpec:
     return LoraSpec(**values, modules_to_save=(HEAD,))
 
 
-def check_trial(config: TrialConfig) -> None:
+def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
     """Refuse whatever can be refused before training: values, targets, data and weights.
+
+    Args:
+      config: the trial.
+      devices_are_here: False where another process trains it, on a device of its own.
 
     Raises:
       LoraxError: see `check_config`, `lorax.resolve`, `load_dataset` and `load_model`.
     """
     check_config(config)
+    if devices_are_here:
+        _check_attention(config)
     task = data.get_task(config.task.name)
     if config.train.mode == "lora":
         shapes, _ = _shapes(_items(config.model), task.num_outputs)
@@ -66,7 +72,13 @@ def check_trial(config: TrialConfig) -> None:
         _check_padding(config, max(target.rank for target in targets.values()))
     _check_length(config)
     load_dataset(config.task, config.model, config.train.max_shapes)
-    load_model(config.model, task.num_outputs, key=jax.random.key(0), **_dtypes(config))
+    _load_model(config, jax.random.key(0))
+
+
+def _check_attention(config: TrialConfig) -> None:
+    is_served = jax.default_backend() == "gpu" and config.train.precision == "bf16"
+    if config.model.attention == "cudnn" and not is_served:
+        raise LoraxError("model.attention=cudnn needs a GPU and bf16 compute: take xla or einsum")
 
 
 def _check_padding(config: TrialConfig, rank: int) -> None:
@@ -117,7 +129,8 @@ def _load_dataset(
     train = read("train", config.max_train_samples)
     dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
     lengths = np.concatenate([train.lengths, *(d.lengths for d in dev.values())])
-    edges = data.bucket_lengths(lengths, max_shapes)
+    limit = load_config(ModelConfig(source=source, revision=revision)).max_length
+    edges = tuple(min(edge, limit) for edge in data.bucket_lengths(lengths, max_shapes))
     return Dataset(task, train, dev, edges, _pad_id(tokenizer, source, revision))
 
 
@@ -132,9 +145,15 @@ def _pad_id(tokenizer: Any, source: str, revision: str | None) -> int:
     return config.pad_token_id
 
 
-def _dtypes(config: TrialConfig) -> dict[str, Any]:
-    train = config.train
-    return {"dtype": DTYPES[train.precision], "param_dtype": DTYPES[train.base_dtype]}
+def _load_model(config: TrialConfig, key: jax.Array) -> Any:
+    return load_model(
+        config.model,
+        data.get_task(config.task.name).num_outputs,
+        key=key,
+        dtype=DTYPES[config.train.precision],
+        param_dtype=DTYPES[config.train.base_dtype],
+        on_host=config.sweep.mesh.fsdp > 1,  # no device may be large enough for it
+    )
 
 
 def hyper_of(config: TrialConfig, factor: float = 1.0) -> Hyper:
@@ -154,7 +173,7 @@ def prepare(config: TrialConfig) -> Setup:
     """
     lora_key, head_key, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
     task, train = data.get_task(config.task.name), config.train
-    model = load_model(config.model, task.num_outputs, key=head_key, **_dtypes(config))
+    model = _load_model(config, head_key)
     graphdef, state = nnx.split(model)
     base = nnx.to_pure_dict(state)
     mode = config.train.mode

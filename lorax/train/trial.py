@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,11 +134,19 @@ def _forget(directory: Path) -> None:
 def _train(config: TrialConfig, directory: Path) -> Result:
     reset_peak_rss()
     start = find_start(config, directory)
-    lane = open_lane(config, directory, start)
-    if lane.progress.step:
-        log.info("%s goes on from step %d of %d", directory, lane.progress.step, lane.total_steps)
-    engine = Solo(lane.setup, start.state)
-    checkpoints = Checkpoints(directory / CHECKPOINTS)
+    with contextlib.ExitStack() as opened:
+        lane = open_lane(config, directory, start)
+        opened.callback(lane.close)
+        checkpoints = opened.enter_context(closing(Checkpoints(directory / CHECKPOINTS)))
+        if step := lane.progress.step:
+            log.info("%s goes on from step %d of %d", directory, step, lane.total_steps)
+        engine = Solo(lane.setup, start.state)
+        del start  # the engine's state is a copy
+        return _run(lane, engine, checkpoints)
+
+
+def _run(lane: Lane, engine: Solo, checkpoints: Checkpoints) -> Result:
+    config, directory = lane.config, lane.directory
     results: list[Result] = []
 
     def save(loop: Loop) -> None:

@@ -14,7 +14,6 @@ from lorax.models import (
     hf_module,
     load_checkpoint,
     load_config,
-    load_model,
     resolve_source,
 )
 
@@ -220,13 +219,6 @@ def test_config_and_abstract_model_read_no_weights(write_checkpoint, tmp_path):
     config.dropout = 1.5
     with pytest.raises(LoraxError, match=r"model\.dropout=1\.5"):
         load_config(config)
-
-
-def test_cudnn_needs_a_gpu(write_checkpoint, tmp_path):
-    write_checkpoint()
-    config = ModelConfig(source=str(tmp_path), attention="cudnn", dropout=0.0)
-    with pytest.raises(LoraxError, match="needs a GPU and bf16"):
-        load_model(config, 2, key=jax.random.key(0))
 
 
 def test_sources(tmp_path, monkeypatch):

@@ -94,12 +94,14 @@ def train(configs, setups, sizes):
     packed = Packed(engine.program, engine.side, mesh)
     if mesh:
         facts["collectives"] = crossings(compiled_text(engine, packed, *steps[0]), sizes)
-    losses, donated = [], []
+    losses, donated, placements = [], [], set()
     for hypers, batches in steps:
         old = jax.tree.leaves(engine.state)
+        placements.add(tuple(leaf.sharding for leaf in old))
         losses.append(engine.read(engine.step(hypers, batches)))
         donated.append(all(leaf.is_deleted() for leaf in old))
-    facts |= {"donated": all(donated), "programs": len(engine.costs)}
+    facts |= {"donated": all(donated), "placements": len(placements)}
+    facts["flops"] = engine.costs[0].flops
     arrays = {"losses": np.stack(losses), "outputs": np.asarray(engine.predict(steps[0][1][0]))}
     for n, setup in enumerate(setups):
         start = leaves_by_path(setup.trainable)

@@ -45,6 +45,17 @@ CASES = {
     "weights cut short": (["model.source={broken}/cut"], "model.safetensors is damaged"),
     "tokenizer damaged": (["model.source={broken}/tokenizer"], "not a tokenizer.json"),
     "config damaged": (["model.source={broken}/config"], "config.json is not readable JSON"),
+    "cudnn without a GPU": (["model.attention=cudnn"], "attention=cudnn needs a GPU and bf16"),
+    "halving of a single trial": (["sweep.halving.after=1"], "lockstep: add hydra/launcher=packed"),
+    "halving after the end": (
+        ["-m", "hydra/launcher=packed", "seed=0,1", "sweep.halving.after=3"],
+        "after=3 would cut nothing: the first evaluation .* at step 10, and trials have 4",
+    ),
+    "several values for a sweep": (
+        ["-m", "hydra/launcher=packed", "sweep.lanes=1,2"],
+        "sweep.lanes must be the same for all trials",
+    ),
+    "no micro-batches": (["-m", "hydra/launcher=packed", "train.grad_accum=0"], "grad_accum=0"),
     "one bad trial of a sweep": (["-m", "lora.rank=1,2,99"], "99.*trial sst2-lora-r99-"),
     "bad value in a sweep": (["-m", "seed=0,x"], "seed: .*'x'"),
 }

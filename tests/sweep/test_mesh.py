@@ -1,6 +1,7 @@
 """A pack on a mesh of devices is the pack on one: eight forced devices of the CPU."""
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from lorax.checkpoint import load_adapter
+from lorax.config import MeshConfig
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 EIGHT = "--xla_force_host_platform_device_count=8"
@@ -82,10 +84,16 @@ def test_what_was_trained_has_moved_as_on_one_device(packs, sizes):
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_every_step_reuses_the_states_memory_and_one_program(packs, sizes):
+def test_every_step_leaves_the_state_where_it_was_and_reuses_its_memory(packs, sizes):
     _, facts = packs[sizes]
     assert facts["donated"]
-    assert facts["programs"] == 1
+    assert facts["placements"] == 1
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_lanes_flops_are_those_on_one_device(packs, sizes):
+    (_, facts), (_, one) = packs[sizes], packs[None]
+    assert facts["flops"] == pytest.approx(one["flops"], rel=0.1)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -215,3 +223,31 @@ def test_a_wrong_mesh_is_one_line(swept, case):
 def test_nothing_was_trained_on_a_wrong_mesh(swept):
     left = {path.name for path in (swept[0] / "wrong").rglob("*") if path.is_file()}
     assert not left & {"metrics.jsonl", "config.json", "result.json"}
+
+
+# Trains a pickled trial on a mesh that cuts the base, then prints what the devices still hold.
+CUT_BASE = """
+import collections, pickle, sys
+import jax
+from lorax.sweep import run_packed
+
+(result,) = run_packed([pickle.loads(bytes.fromhex(sys.argv[1]))])
+held = collections.Counter()
+for array in jax.live_arrays():
+    for shard in array.addressable_shards:
+        held[shard.device.id] += shard.data.nbytes
+print(result["lanes"], result["base_bytes"], max(held.values(), default=0))
+"""
+
+
+def test_a_single_trial_is_trained_on_the_mesh_and_no_device_keeps_the_whole_base(world, tmp_path):
+    write_wide_base(world, tmp_path / "wide")
+    trial = world.trial(tmp_path, sweep={"mesh": MeshConfig(fsdp=8)})
+    trial.model.source = str(tmp_path / "wide")
+    process = world.start("-c", CUT_BASE, pickle.dumps(trial).hex(), XLA_FLAGS=EIGHT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    lanes, base, held = map(int, out.split())
+    assert lanes == 1 and held < base / 4
+    (record,) = tmp_path.glob("*/packs/*/pack.json")
+    assert json.loads(record.read_text())["measured"]["seconds_per_step"] > 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import report
 from lorax.checkpoint import load_adapter
 from lorax.config import HalvingConfig
 from lorax.errors import LoraxError
@@ -191,6 +192,17 @@ def test_a_damaged_newest_checkpoint_is_set_aside(copy, whole, caplog, damage):
     assert (pack / "damaged-checkpoint-8").is_dir() and not (pack / "checkpoints").exists()
 
 
+def test_a_damaged_checkpoint_of_a_pack_that_shrank_since_the_older_one(copy, whole):
+    trials, pack = copy("halving")
+    assert steps(pack) == [3, 4]
+    before = {path: path.stat().st_mtime_ns for path in pack.parents[1].glob("*/result.json")}
+    assert len(before) == 3  # one had diverged, two were cut at step 4
+    halve(data_of(pack / "checkpoints" / "4"))
+    run_packed(trials)
+    assert [outcome(trial) for trial in trials] == [outcome(trial) for trial in whole["halving"]]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_checkpoints_damaged_means_from_the_start(copy, whole, kind):
     trials, pack = copy(kind)
@@ -261,6 +273,29 @@ def disk(tmp_path):
         pytest.skip("needs the right to mount a tmpfs")
     yield place
     subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("fault", ["limited", "full"])
+def test_a_full_disk_in_the_middle(world, whole, capsys, fault, request):
+    tmp_path = request.getfixturevalue("tmp_path")
+    root = request.getfixturevalue("disk") if fault == "full" else tmp_path
+    trials = trials_of(world, root)
+    (code,), err = run_faulty(world, [(trials, fault, r"rename .*-lr1e-12-\S*/result.json ")])
+    reason = "No space left on device" if fault == "full" else "File too large"
+    print(err)
+    (line,) = err.splitlines()
+    assert code == 2
+    assert line.startswith(f"error: cannot write {root}/tiny/") and line.endswith(f": {reason}")
+    assert len(list(root.glob("tiny/*/result.json"))) == 2
+
+    assert report.main([str(root / "tiny"), "--output", str(tmp_path / "report")]) == 0
+    said = capsys.readouterr().out
+    assert "1 diverged" in said and "4 unfinished" in said
+
+    (root / "filler").unlink(missing_ok=True)
+    run_packed(trials)
+    for trial, expected in zip(trials, whole["plain"], strict=True):
+        assert outcome(trial) == outcome(expected)
 
 
 @pytest.mark.parametrize("blocked", ["packs", "packs/{}/checkpoints", "packs/{}/pack.json"])

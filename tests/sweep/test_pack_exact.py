@@ -37,7 +37,6 @@ class Trained:
     alone: list
     losses: np.ndarray  # (steps, lanes), in the pack
     losses_alone: np.ndarray
-    lengths: list  # of each step: (the pack's, each trial's own)
 
 
 def train(trials, steps, **options):
@@ -65,7 +64,7 @@ def train(trials, steps, **options):
     factors = [
         lr_factor(o.schedule, steps, o.warmup_ratio) for o in (trial.optimizer for trial in trials)
     ]
-    losses, losses_alone, lengths = [], [], []
+    losses, losses_alone = [], []
     for step in range(steps):
         chosen = {seed: order[step] for seed, order in orders.items()}
         shared = collate_alike(dataset, chosen, t.train.batch_size)
@@ -83,9 +82,7 @@ def train(trials, steps, **options):
                 for solo, hyper, batch in zip(alone, hypers, own, strict=True)
             ]
         )
-        width = next(iter(shared.values()))["input_ids"].shape[1]
-        lengths.append((width, *(batch["input_ids"].shape[1] for batch in own)))
-    return Trained(trials, first, pack, alone, np.array(losses), np.array(losses_alone), lengths)
+    return Trained(trials, first, pack, alone, np.array(losses), np.array(losses_alone))
 
 
 def assert_same(trained, rtol):
@@ -222,6 +219,7 @@ UNLIKE = [
             id="regression in micro-batches",
         ),
         pytest.param({"train": {"mode": "head"}}, id="head alone"),
+        pytest.param({"lora": {"dropout": 0.2}, "model": {"dropout": 0.1}}, id="dropout"),
     ],
 )
 def test_a_pack_of_any_kind_trains_as_its_trials_do(world, changes):
@@ -243,8 +241,3 @@ def test_a_pack_in_bf16_trains_as_its_trials_do_up_to_roundings(world):
     for tree in (trained.pack.state.trainable, trained.pack.state.opt_state[1].nu):
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {np.dtype(np.float32)}
     assert_zero_padding(trained)
-
-
-SEEDS = [(0, {}, {}), (1, {}, {"lr": 3e-3}), (2, {}, {})]
-DROPOUT = {"lora": {"dropout": 0.2}, "model": {"dropout": 0.1}}
-LENGTHS = {"max_shapes": 4, "batch_size": 4, "length_window": 3}

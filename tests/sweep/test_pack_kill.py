@@ -5,6 +5,7 @@ import pickle
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -172,6 +173,12 @@ def test_a_result_is_written_once(killed, kind):
     assert len({len(times) for times in legs}) >= 3  # kills fell between results
 
 
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_nothing_is_left_of_the_pack(killed, kind):
+    whole, cut, _ = killed[kind]
+    assert left_over(whole) == left_over(cut) == []
+
+
 # Of the command itself: two of its six trials diverge, two stop early, and the pack shrinks.
 COMMAND = [
     "-m",
@@ -180,7 +187,7 @@ COMMAND = [
     "optimizer.lr=0.01,1e30,1e-12",
     "seed=${lora.rank}",
     "optimizer.warmup_ratio=0",
-    "train.early_stopping=2",
+    "train.early_stopping=3",
     "train.max_steps=20",
     "train.eval_every=4",
     "train.checkpoint_every=3",
@@ -214,3 +221,18 @@ def kill_when(process, is_time):
         process.kill()
         said = "".join(process.communicate())
     assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said[-2000:]}"
+
+
+def test_the_command_killed_from_outside_ends_with_the_same_bits(world, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = world.finetune(*world.overrides(whole, *COMMAND))
+    assert done.returncode == 0, done.stderr
+    command = "-m", "experiments.finetune", *world.overrides(cut, *COMMAND)
+    for is_time in POLLED:
+        kill_when(world.start(*command), partial(is_time, cut))
+    done = world.finetune(*world.overrides(cut, *COMMAND))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "goes on from step 20 of 20" in done.stdout
+    assert done.stdout.count(": accuracy ") == 4 and done.stdout.count(": diverged, ") == 2
+    assert outcomes(cut) == outcomes(whole)
+    assert left_over(cut) == []

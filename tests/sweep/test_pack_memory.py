@@ -32,7 +32,7 @@ def watch(event, arguments):
         resource.setrlimit(resource.RLIMIT_DATA, (taken + room, resource.RLIM_INFINITY))
 
 sys.addaudithook(watch)
-logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
 at_the_door(lambda: run_packed(pickle.loads((root / "trials").read_bytes())))
 """
 # Four lanes of it take 1.4 GiB side by side, two 0.7, one 0.4: most of a batch is filled up.
@@ -90,6 +90,34 @@ def roomy(world, tmp_path_factory):
     trials = large_trials(world, tmp_path_factory.mktemp("roomy"))
     run_packed(trials)
     return trials
+
+
+def test_it_goes_on_with_fewer_side_by_side(world, tmp_path, roomy):
+    trials = large_trials(world, tmp_path)
+    code, out, err = run_limited(world, trials, 1.0)
+    assert (code, err) == (0, "")
+    name = Pack(tuple(trials), 0).name
+    assert out.splitlines() == [
+        f"pack {name} ran out of memory with 4 trials side by side: going on with 2 side by side",
+        f"pack {name} goes on from step 1 of 3",
+    ]
+    assert_same_numbers(trials, roomy)
+    record = json.loads((tmp_path / "tiny" / "packs" / name / "pack.json").read_text())
+    assert record["lanes"] == 2 and record["is_over"]
+    assert not list(tmp_path.glob("tiny/packs/*/checkpoints"))
+
+
+def test_where_not_even_one_fits_it_is_one_line_and_nothing_is_lost(world, tmp_path, roomy):
+    trials = large_trials(world, tmp_path)
+    code, out, err = run_limited(world, trials, 0.25)
+    (line,) = err.splitlines()
+    assert code == 2
+    assert re.match(r"error: trial \S+ does not fit in memory even alone; lower train.batch", line)
+    for said in ("4 trials side by side", "2 trials side by side", "packs of half the size"):
+        assert said in out
+    run_packed(trials)
+    assert_same_numbers(trials, roomy)
+    assert not list(tmp_path.glob("tiny/packs/*/checkpoints"))
 
 
 def ask_for_a_petabyte():

@@ -278,7 +278,8 @@ def test_each_trial_has_a_wandb_run_of_its_own_with_its_own_numbers(ran, kind):
     trial = ran.packed[kind]
     found = whole_run(trial)
     (run,) = [record.run for record in found if record.HasField("run")]
-    assert run.run_id == run.display_name == trial_id(trial)
+    assert run.display_name == trial_id(trial)
+    assert re.fullmatch(rf"{trial_id(trial)}-[0-9a-f]{{8}}", run.run_id)
     assert run.run_group == "tiny"
     rows = []
     for record in found:
@@ -328,6 +329,15 @@ def test_a_result_that_was_lost_comes_back_from_a_kept_checkpoint(ran):
     result = run_trial(trial)
     assert own(result) == own(before)
     assert result["steps_by_length"] == before["steps_by_length"]  # nothing was trained again
+
+
+def test_the_same_trial_in_two_directories_is_trained_in_both(world, tmp_path):
+    short = {"max_steps": 1, "keep_checkpoints": False}
+    roots = [tmp_path / name for name in ("one", "two")]
+    trials = [world.trial(root, lora=SMALL, train=short) for root in roots]
+    results = run_packed(trials)
+    assert [result["trial_id"] for result in results] == [trial_id(trials[0])] * 2
+    assert all((trial_dir(trial) / "result.json").exists() for trial in trials)
 
 
 def test_no_trials_are_no_results():
@@ -474,7 +484,7 @@ def test_a_memory_limit_below_one_trial_is_one_line_before_anything_trains(said)
 def test_trials_of_two_tasks_are_two_packs_and_the_log_says_why(said):
     root, ended = said
     assert (ended["tasks"]["code"], ended["tasks"]["err"]) == (0, "")
-    assert "2 packs, as their trials differ in task.name (sst2, mrpc)" in ended["tasks"]["out"]
+    assert "2 programs, as the trials differ in task.name (sst2, mrpc)" in ended["tasks"]["out"]
     packs = packs_in(root / "tasks")
     tasks = {frozenset(name.split("-")[0] for name in pack["trials"]) for pack in packs}
     assert tasks == {frozenset({"sst2"}), frozenset({"mrpc"})}
@@ -485,7 +495,7 @@ def test_trials_of_two_tasks_are_two_packs_and_the_log_says_why(said):
 def test_full_fine_tuning_goes_one_trial_after_another(said):
     root, ended = said
     assert (ended["full"]["code"], ended["full"]["err"]) == (0, "")
-    reason = "2 packs, as their trials differ in full fine-tuning freezes nothing to share"
+    reason = "2 programs, as the trials differ in full fine-tuning freezes nothing to share"
     assert reason in ended["full"]["out"]
     results = [json.loads(path.read_text()) for path in results_in(root / "full").values()]
     assert [(r["status"], r["lanes"]) for r in results] == [("finished", 1)] * 2

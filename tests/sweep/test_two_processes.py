@@ -91,6 +91,6 @@ def test_what_was_trained_has_moved_as_in_one_process(packs, sizes):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_trials_of_two_processes_never_talk(packs, sizes):
     for _, facts in packs[0][sizes]:
-        assert facts["donated"] and facts["programs"] == 1
+        assert facts["donated"] and facts["placements"] == 1
         assert facts["collectives"]
         assert not any("trial" in crossed for crossed in facts["collectives"])

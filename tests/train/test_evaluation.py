@@ -6,7 +6,8 @@ import scipy.stats
 import sklearn.metrics
 
 from lorax import data
-from lorax.train.evaluation import evaluate_splits, predict_all
+from lorax.train.engine import Solo
+from lorax.train.evaluation import predict_all, predict_split, score
 
 
 def outputs_one_by_one(trial, encoded):
@@ -17,8 +18,13 @@ def outputs_one_by_one(trial, encoded):
 
 
 def evaluation(trial):
-    parts = trial.setup, trial.dataset, trial.state.trainable, trial.config
-    return evaluate_splits(*parts)
+    engine = Solo(trial.setup, trial.state)
+    splits = trial.dataset.dev.items()
+    outputs = {
+        name: predict_split(engine.predict, trial.dataset, encoded, 32)[0]
+        for name, encoded in splits
+    }
+    return score(trial.dataset, outputs)
 
 
 def test_a_splits_outputs_are_in_its_order_without_fillers(bench):

@@ -3,7 +3,8 @@ import pytest
 
 from lorax.checkpoint import load_adapter
 from lorax.train import run_trial
-from lorax.train.step import predict, train_step
+from lorax.train.measure import compiled_programs
+from lorax.train.step import predict
 from lorax.trial_id import trial_dir
 
 
@@ -33,11 +34,11 @@ def test_one_executable_serves_every_rank_alpha_rate_and_seed(world, tmp_path):
         return run_trial(config)
 
     run(1, rank=5)
-    programs = train_step._cache_size(), predict._cache_size()
+    programs = compiled_programs(), predict._cache_size()
     results = [run(2, rank=1, alpha=1.0), run(3, rank=3, scaling="rslora", init="gaussian")]
-    assert (train_step._cache_size(), predict._cache_size()) == programs
+    assert (compiled_programs(), predict._cache_size()) == programs
     assert [r["adapter_params"] for r in results] == [256, 768]
-    assert all(r["compile_seconds"] < 0.2 for r in results)
+    assert all(r["compile_seconds"] == 0 for r in results)
 
 
 def test_the_adapter_is_kept_at_its_true_rank(world, tmp_path):

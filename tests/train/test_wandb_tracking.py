@@ -1,6 +1,7 @@
 """The real W&B client, offline; what it wrote is read back from its log."""
 
 import json
+import re
 import struct
 import time
 
@@ -77,7 +78,8 @@ def test_two_trials_of_a_process_are_two_whole_runs(trials):
 
 def check_run(run, trial):
     assert (run.project, run.run_group, run.job_type) == ("tests", "tiny", "lora")
-    assert run.run_id == run.display_name == trial_id(trial)
+    assert run.display_name == trial_id(trial)
+    assert re.fullmatch(rf"{trial_id(trial)}-[0-9a-f]{{8}}", run.run_id)
     config = values(run.config.update)
     assert config["seed"] == trial.seed
     assert config["lora"]["rank"] == 2 and config["lora"]["targets"] == "qv"
