@@ -107,9 +107,7 @@ class TrainConfig:
         GPU or TPU `fp32` products follow `jax_default_matmul_precision`, which is JAX's own
         default unless you set it.
       base_dtype: storage of the frozen base, `fp32` or `bf16`.
-      max_shapes: most sequence lengths that the step is compiled for.
-      length_window: batches are drawn from shuffled windows of this many batches, sorted by
-        length inside; 1 is plain random order.
+      max_shapes: most shapes of packed batches that the step is compiled for.
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
         sweep over ranks; exact (the padding never receives a gradient). None: no padding.
       checkpoint_every: optimizer steps between checkpoints, besides one at each evaluation.
@@ -129,7 +127,6 @@ class TrainConfig:
     precision: str = "fp32"
     base_dtype: str = "fp32"
     max_shapes: int = 4
-    length_window: int = 8
     pad_rank: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: bool = False

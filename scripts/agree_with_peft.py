@@ -73,21 +73,21 @@ def trial(options: argparse.Namespace, seed: int) -> Trial:
     )
 
 
-def batches(config: Trial, dataset: Dataset) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(epoch, batch) of the whole trial, in lorax's order."""
-    train, encoded, steps = config.train, dataset.train, total_steps(config, dataset)
-    for step in range(steps):
+def batches(config: Trial, dataset: Dataset) -> Iterator[np.ndarray]:
+    """The examples of each step of the whole trial, in lorax's order."""
+    size, count = config.train.batch_size, len(dataset.train)
+    for step in range(total_steps(config, dataset)):
         epoch, position = divmod(step, steps_per_epoch(config, dataset))
         if position == 0:
-            order = data.train_batches(
-                encoded.lengths,
-                train.batch_size,
-                seed=config.seed,
-                epoch=epoch,
-                window=train.length_window,
-            )
-        edges, pad_id = dataset.edges, dataset.pad_id
-        yield epoch, data.collate(encoded, order[position], train.batch_size, edges, pad_id)
+            order = data.train_batches(count, size, seed=config.seed, epoch=epoch)
+        yield order[position]
+
+
+def batch_for(name: str, dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """A step's examples as a library takes them: several in a row, or one, padded."""
+    if name == "peft":
+        return data.pad(dataset.train, indices, dataset.pad_id)
+    return data.collate_alike(dataset.train, [indices], dataset.layout, pad_id=dataset.pad_id)[0]
 
 
 def steps_per_epoch(config: Trial, dataset: Dataset) -> int:
@@ -141,14 +141,14 @@ def same_start(config: Trial, dataset: Dataset) -> tuple[LoraxTrainer, PeftTrain
 def compare_losses(config: Trial, report: Callable[[str], None] = say) -> Record:
     """Part `losses`: every step's loss by both, then predictions on the dev split."""
     check_trial(config)
-    dataset = load_dataset(config.task, config.model, config.train.max_shapes)
+    dataset = load_dataset(config)
     ours, theirs = same_start(config, dataset)
     losses: dict[str, list[float]] = {name: [] for name in LIBRARIES}
     seconds: dict[str, list[float]] = {name: [] for name in LIBRARIES}
-    for _, batch in batches(config, dataset):
+    for indices in batches(config, dataset):
         for name, trainer in zip(LIBRARIES, (theirs, ours), strict=True):
             start = time.perf_counter()
-            losses[name].append(trainer.step(batch))
+            losses[name].append(trainer.step(batch_for(name, dataset, indices)))
             seconds[name].append(time.perf_counter() - start)
         if len(losses["peft"]) % FIRST == 0:
             step = len(losses["peft"])
@@ -201,14 +201,14 @@ def _agrees(record: Record) -> bool:
 def train_by_peft(config: Trial) -> Record:
     """One trial by PEFT, from its own initialisation, evaluated after each epoch."""
     start = time.perf_counter()
-    dataset = load_dataset(config.task, config.model, config.train.max_shapes)
+    dataset = load_dataset(config)
     task, steps = dataset.task, total_steps(config, dataset)
     encoded, labels = (dev := next(iter(dataset.dev.values()))), dev.labels
     trainer = PeftTrainer(config, task.kind, task.num_outputs, steps)
     points, seconds = [], []
-    for step, (_, batch) in enumerate(batches(config, dataset), 1):
+    for step, indices in enumerate(batches(config, dataset), 1):
         began = time.perf_counter()
-        trainer.step(batch)
+        trainer.step(batch_for("peft", dataset, indices))
         seconds.append(time.perf_counter() - began)
         if step % steps_per_epoch(config, dataset) == 0 or step == steps:
             outputs = trainer.predict(dataset, encoded, config.train.eval_batch_size)

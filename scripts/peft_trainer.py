@@ -92,14 +92,14 @@ class PeftTrainer:
     def predict(self, dataset: Dataset, encoded: data.Encoded, batch_size: int) -> np.ndarray:
         """Outputs for a whole split, (n, outputs), in the split's order."""
         self.model.eval()
-        batches = data.eval_batches(encoded.lengths, batch_size)
+        by_length = np.argsort(encoded.lengths, kind="stable")
         outputs = []
         with torch.inference_mode():
-            for indices in batches:
-                batch = data.collate(encoded, indices, batch_size, dataset.edges, dataset.pad_id)
-                outputs.append(self._outputs(batch).numpy()[: len(indices)])
-        order = np.argsort(np.concatenate(batches), kind="stable")
-        return np.concatenate(outputs)[order]
+            for start in range(0, len(encoded), batch_size):
+                indices = by_length[start : start + batch_size]
+                batch = data.pad(encoded, indices, dataset.pad_id)
+                outputs.append(self._outputs(batch).numpy())
+        return np.concatenate(outputs)[np.argsort(by_length, kind="stable")]
 
     def _outputs(self, batch: Mapping[str, np.ndarray]) -> torch.Tensor:
         return self.model(**{name: torch.from_numpy(batch[name]).long() for name in INPUTS})

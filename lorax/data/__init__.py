@@ -1,9 +1,10 @@
-"""Tasks, tokens and batches: from files to padded NumPy arrays."""
+"""Tasks, tokens and batches: from files to NumPy arrays."""
 
 from lorax.data.assets import find_asset
-from lorax.data.batching import bucket_lengths, collate, eval_batches, train_batches
+from lorax.data.batching import eval_plan, pad, train_batches
 from lorax.data.examples import Examples
 from lorax.data.load import load_split
+from lorax.data.packing import Layout, choose_layout, collate, collate_alike, fit
 from lorax.data.shuffle import permutation, subsample
 from lorax.data.tasks import TASKS, Task, get_task
 from lorax.data.tokenize import Encoded, encode, load_tokenizer
@@ -12,15 +13,19 @@ __all__ = [
     "TASKS",
     "Encoded",
     "Examples",
+    "Layout",
     "Task",
-    "bucket_lengths",
+    "choose_layout",
     "collate",
+    "collate_alike",
     "encode",
-    "eval_batches",
+    "eval_plan",
     "find_asset",
+    "fit",
     "get_task",
     "load_split",
     "load_tokenizer",
+    "pad",
     "permutation",
     "subsample",
     "train_batches",

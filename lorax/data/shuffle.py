@@ -1,6 +1,5 @@
 """Permutations that are the same on every machine and NumPy release."""
 
-from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -45,8 +44,3 @@ def subsample(data: T, n: int | None) -> T:
     if n < 1:
         raise LoraxError(f"cannot keep {n} examples: task.max_*_samples must be at least 1 or null")
     return data.subset(permutation(len(data), 0)[:n])
-
-
-def shuffled(items: Sequence, *key: int) -> list:
-    """`items` in the order of `permutation(len(items), *key)`."""
-    return [items[i] for i in permutation(len(items), *key)]

@@ -1,6 +1,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """(N,) int32 tokens an example."""
         return np.asarray([len(ids) for ids in self.input_ids], np.int32)

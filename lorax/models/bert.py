@@ -1,7 +1,7 @@
 """BERT and RoBERTa encoders with a sequence-level head, in Flax NNX.
 
-Shapes in names: B batch, T tokens, S attended tokens (= T), D width, H heads, K width of a head,
-C outputs of the head.
+Shapes in names: B rows, T tokens, S attended tokens (= T), D width, H heads, K width of a head,
+N sequences (B of them, or more when several share a row), C outputs of the head.
 """
 
 import functools
@@ -102,10 +102,14 @@ class BertConfig:
         return cls(**({"pad_token_id": pad} | known_fields))
 
     @property
+    def first_position(self) -> int:
+        """The row of the position table that a sequence's first token takes."""
+        return self.pad_token_id + 1 if self.model_type == "roberta" else 0
+
+    @property
     def max_length(self) -> int:
         """The longest sequence, in tokens, that has position embeddings."""
-        offset = self.pad_token_id + 1 if self.model_type == "roberta" else 0
-        return self.max_position_embeddings - offset
+        return self.max_position_embeddings - self.first_position
 
 
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
@@ -120,7 +124,7 @@ def attend(
     q_BxTxHxK: jax.Array,
     k_BxSxHxK: jax.Array,
     v_BxSxHxK: jax.Array,
-    mask_BxS: jax.Array,
+    mask_BxTxS: jax.Array,
     *,
     implementation: str = "einsum",
     dropout_rate: float = 0.0,
@@ -128,24 +132,24 @@ def attend(
 ) -> jax.Array:
     """Softmax attention over the tokens where the mask is True; softmax in float32.
 
-    A sequence without one attended token gives finite values (the mean of `v`).
+    A token that attends to none gets a finite value (the mean of `v`).
 
     Returns:
       Array of q's shape and dtype.
     """
-    mask_Bx1x1xS = mask_BxS[:, None, None, :]
+    mask_Bx1xTxS = mask_BxTxS[:, None]
     if implementation != "einsum":
         return jax.nn.dot_product_attention(
             q_BxTxHxK,
             k_BxSxHxK,
             v_BxSxHxK,
-            mask=mask_Bx1x1xS,
+            mask=mask_Bx1xTxS,
             implementation=cast(Literal["xla", "cudnn"], implementation),
         )
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxHxK, k_BxSxHxK, v_BxSxHxK))
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     logits_BxHxTxS = einsum("bhtk,bhsk->bhts", q, k) * (q.shape[-1] ** -0.5)
-    logits_BxHxTxS = jnp.where(mask_Bx1x1xS, logits_BxHxTxS, jnp.finfo(jnp.float32).min)
+    logits_BxHxTxS = jnp.where(mask_Bx1xTxS, logits_BxHxTxS, jnp.finfo(jnp.float32).min)
     probs_BxHxTxS = dropout(jax.nn.softmax(logits_BxHxTxS).astype(q.dtype), dropout_rate, rngs)
     out_BxHxTxK = einsum("bhts,bhsk->bhtk", probs_BxHxTxS, v).astype(q.dtype)
     return jnp.swapaxes(out_BxHxTxK, 1, 2)
@@ -215,24 +219,33 @@ class Embeddings(nnx.Module):
         self.norm = make.norm()
 
     def _positions(self, ids_BxT: jax.Array) -> jax.Array:
+        """Of a sequence a row, as rows of the table."""
+        if ids_BxT.shape[1] > (longest := self.config.max_length):
+            raise LoraxError(
+                f"sequence of {ids_BxT.shape[1]} tokens: this model has {longest} positions; "
+                f"set task.max_length to {longest} or less"
+            )
         if self.config.model_type == "roberta":
             real_BxT = (ids_BxT != self.config.pad_token_id).astype(jnp.int32)
             return jnp.cumsum(real_BxT, axis=1) * real_BxT + self.config.pad_token_id
         return jnp.broadcast_to(jnp.arange(ids_BxT.shape[1])[None], ids_BxT.shape)
 
     def __call__(
-        self, ids_BxT: jax.Array, types_BxT: jax.Array | None, rngs: nnx.Rngs | None = None
+        self,
+        ids_BxT: jax.Array,
+        types_BxT: jax.Array | None,
+        positions_BxT: jax.Array | None,
+        rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Looks up token ids and segment ids (None: all 0); returns (B, T, D)."""
-        if ids_BxT.shape[1] > (longest := self.config.max_length):
-            raise LoraxError(
-                f"sequence of {ids_BxT.shape[1]} tokens: this model has {longest} positions; "
-                f"set task.max_length to {longest} or less"
-            )
+        """Looks up token ids, token types (None: all 0) and positions; returns (B, T, D)."""
+        if positions_BxT is None:
+            places_BxT = self._positions(ids_BxT)
+        else:
+            places_BxT = positions_BxT + self.config.first_position
         types_BxT = jnp.zeros_like(ids_BxT) if types_BxT is None else types_BxT
         x_BxTxD = self.word(ids_BxT).astype(jnp.float32)
         x_BxTxD += self.token_type(types_BxT).astype(jnp.float32)
-        x_BxTxD += self.position(self._positions(ids_BxT)).astype(jnp.float32)
+        x_BxTxD += self.position(places_BxT).astype(jnp.float32)
         return dropout(self.norm(x_BxTxD), self.config.hidden_dropout_prob, rngs)
 
 
@@ -249,14 +262,14 @@ class Attention(nnx.Module):
         self.norm = make.norm()
 
     def __call__(
-        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, rngs: nnx.Rngs | None = None
+        self, x_BxTxD: jax.Array, mask_BxTxS: jax.Array, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
-        """Mixes tokens along the attended ones of a (B, T) bool mask; the shape stays."""
+        """Mixes tokens along the attended ones of a bool mask; the shape stays."""
         y_BxTxHxK = attend(
             self._split(self.query(x_BxTxD)),
             self._split(self.key(x_BxTxD)),
             self._split(self.value(x_BxTxD)),
-            mask_BxT,
+            mask_BxTxS,
             implementation=self.implementation,
             dropout_rate=self.config.attention_probs_dropout_prob,
             rngs=rngs,
@@ -292,10 +305,16 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, make)
 
     def __call__(
-        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, rngs: nnx.Rngs | None = None
+        self, x_BxTxD: jax.Array, mask_BxTxS: jax.Array, rngs: nnx.Rngs | None = None
     ) -> jax.Array:
         """Attention, then feed-forward; the shape stays."""
-        return self.mlp(self.attention(x_BxTxD, mask_BxT, rngs), rngs)
+        return self.mlp(self.attention(x_BxTxD, mask_BxTxS, rngs), rngs)
+
+
+def _attended(mask_BxT: jax.Array) -> jax.Array:
+    """(B, T, S): to its own sequence's tokens; padding, as in transformers, to all of the row's."""
+    query_BxTx1, key_Bx1xS = mask_BxT[:, :, None], mask_BxT[:, None, :]
+    return (key_Bx1xS != 0) & ((query_BxTx1 == key_Bx1xS) | (query_BxTx1 == 0))
 
 
 class Encoder(nnx.Module):
@@ -341,25 +360,30 @@ class Encoder(nnx.Module):
         input_ids_BxT: jax.Array,
         attention_mask_BxT: jax.Array,
         token_type_ids_BxT: jax.Array | None = None,
+        *,
+        position_ids_BxT: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Encodes a padded batch.
+        """Encodes a batch, a sequence a row, or several.
 
         Args:
           input_ids_BxT: int token ids, padded on either side.
-          attention_mask_BxT: 1 or True on real tokens; padding elsewhere.
-          token_type_ids_BxT: int segment ids; None means all 0.
+          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
+            number: 1 where a row is one sequence; else sequences are numbered.
+          token_type_ids_BxT: int token types; None means all 0.
+          position_ids_BxT: int positions in each sequence, from 0; None: a sequence a row.
           rngs: stream `dropout` turns dropout on; None is deterministic.
 
         Returns:
           Hidden states of shape (B, T, D) in the compute dtype.
 
         Raises:
-          LoraxError: T exceeds the model's positions.
+          LoraxError: without `position_ids_BxT`, T exceeds the model's positions.
         """
-        x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, rngs)
+        x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, position_ids_BxT, rngs)
+        mask_BxTxS = _attended(attention_mask_BxT)
         for layer in self.layers:
-            x_BxTxD = layer(x_BxTxD, attention_mask_BxT.astype(bool), rngs)
+            x_BxTxD = layer(x_BxTxD, mask_BxTxS, rngs)
         return x_BxTxD
 
 
@@ -369,7 +393,7 @@ class Head(nnx.Module):
     Args:
       config: the encoder's architecture.
       num_outputs: classes, or 1 for a regression.
-      pooling: `mean` over attended tokens, `cls` (first token), or `pooler` (first token through
+      pooling: `mean` over a sequence's tokens, `cls` (its first), or `pooler` (its first through
         `dense` and tanh, as Hugging Face's sequence classifiers do).
       rngs: its stream `params` draws kernels from normal(0.02); biases are zero.
     """
@@ -384,25 +408,43 @@ class Head(nnx.Module):
             self.dense = linear(config.hidden_size, config.hidden_size)
 
     def __call__(
-        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, rngs: nnx.Rngs | None = None
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxT: jax.Array,
+        first_N: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Maps hidden states and their mask to float32 logits of shape (B, C)."""
+        """Maps hidden states to float32 logits of shape (N, C); see `SequenceClassifier`."""
         rate = self.config.classifier_dropout
         rate = self.config.hidden_dropout_prob if rate is None else rate
-        x_BxD = self._pool(x_BxTxD, mask_BxT, rate, rngs)
-        return self.out(dropout(x_BxD, rate, rngs))
+        x_NxD = self._pool(x_BxTxD, mask_BxT, first_N, rate, rngs)
+        return self.out(dropout(x_NxD, rate, rngs))
 
-    def _pool(self, x_BxTxD, mask_BxT, rate, rngs) -> jax.Array:
+    def _pool(self, x_BxTxD, mask_BxT, first_N, rate, rngs) -> jax.Array:
         if self.pooling == "mean":
-            mask_BxTx1 = mask_BxT.astype(jnp.float32)[..., None]
-            total_BxD = (x_BxTxD.astype(jnp.float32) * mask_BxTx1).sum(1)
-            return total_BxD / jnp.maximum(mask_BxTx1.sum(1), 1)
-        x_BxD = x_BxTxD[:, 0].astype(jnp.float32)
+            return _mean(x_BxTxD, mask_BxT, first_N)
+        if first_N is None:
+            x_NxD = x_BxTxD[:, 0].astype(jnp.float32)
+        else:
+            x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])[first_N].astype(jnp.float32)
         if self.pooling == "cls":
-            return x_BxD
+            return x_NxD
         if self.config.model_type == "roberta":
-            x_BxD = dropout(x_BxD, rate, rngs)
-        return jnp.tanh(self.dense(x_BxD))
+            x_NxD = dropout(x_NxD, rate, rngs)
+        return jnp.tanh(self.dense(x_NxD))
+
+
+def _mean(x_BxTxD: jax.Array, mask_BxT: jax.Array, first_N: jax.Array | None) -> jax.Array:
+    """The mean over each sequence's tokens; zero for one without a token."""
+    x_BxTxD = x_BxTxD.astype(jnp.float32)
+    if first_N is None:
+        mask_BxTx1 = mask_BxT.astype(jnp.float32)[..., None]
+        return (x_BxTxD * mask_BxTx1).sum(1) / jnp.maximum(mask_BxTx1.sum(1), 1)
+    numbers_Nx1 = 1 + jnp.arange(len(first_N))[:, None]
+    is_in_NxBT = (mask_BxT.reshape(1, -1) == numbers_Nx1).astype(jnp.float32)
+    flat_BTxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+    total_NxD = jnp.matmul(is_in_NxBT, flat_BTxD, precision=jax.lax.Precision.HIGHEST)
+    return total_NxD / jnp.maximum(is_in_NxBT.sum(1, keepdims=True), 1)
 
 
 class SequenceClassifier(nnx.Module):
@@ -439,8 +481,28 @@ class SequenceClassifier(nnx.Module):
         input_ids_BxT: jax.Array,
         attention_mask_BxT: jax.Array,
         token_type_ids_BxT: jax.Array | None = None,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+        first_tokens_N: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Maps a padded batch to float32 logits of shape (B, C); arguments as in `Encoder`."""
-        x_BxTxD = self.encoder(input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, rngs)
-        return self.head(x_BxTxD, attention_mask_BxT, rngs)
+        """Maps a batch to float32 logits of shape (N, C).
+
+        Args:
+          input_ids_BxT: as in `Encoder`.
+          attention_mask_BxT: as in `Encoder`; several sequences a row are numbered through the
+            batch, 1 to N.
+          token_type_ids_BxT: as in `Encoder`.
+          position_ids_BxT: as in `Encoder`.
+          first_tokens_N: where each sequence begins in the rows laid end to end; None: a sequence
+            a row.
+          rngs: as in `Encoder`.
+        """
+        x_BxTxD = self.encoder(
+            input_ids_BxT,
+            attention_mask_BxT,
+            token_type_ids_BxT,
+            position_ids_BxT=position_ids_BxT,
+            rngs=rngs,
+        )
+        return self.head(x_BxTxD, attention_mask_BxT, first_tokens_N, rngs)

@@ -135,6 +135,8 @@ def one_line(fault: Exception) -> str:
     if unknown:
         return _unknown_key(key or unknown.group(1))
     text = text.rstrip(".")
+    for pattern, remedy in REMEDIES.items():
+        text = re.sub(pattern, remedy, text)
     if override := getattr(fault, "override", None):  # one that does not parse
         return f"{override}: {_parse_error(lines)}"
     if key and key not in text:
@@ -142,6 +144,15 @@ def one_line(fault: Exception) -> str:
     if options := _available(lines):
         return f"{text}; there are {', '.join(options)}"
     return text
+
+
+# What Hydra says without a remedy, in few words, and what helps.
+REMEDIES = {
+    r"^(Ambiguous value for argument .*)$": r"\1: a sweep over it needs -m",
+    r"^.*Could not load 'hydra/sweeper/optuna'$": (
+        "hydra/sweeper=lorax_optuna needs an extra: pip install -c constraints.txt -e '.[optuna]'"
+    ),
+}
 
 
 def _parse_error(lines: list[str]) -> str:

@@ -2,8 +2,6 @@
 
 import os
 import time
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,15 +68,14 @@ def base_flops(trial: TrialConfig) -> float:
     return 4.0 * sum(leaf.size for path, leaf in leaves.items() if path.endswith(".kernel"))
 
 
-def lengths_of(trial: TrialConfig) -> dict[int, float]:
-    """The share of each compiled length in the steps of the first epoch."""
-    dataset, train = _dataset(trial), trial.train
-    lengths = np.asarray(dataset.train.lengths)
-    order = data.train_batches(
-        lengths, train.batch_size, seed=trial.seed, epoch=0, window=train.length_window
-    )
-    edges = [dataset.edges[bisect_left(dataset.edges, lengths[i].max())] for i in order]
-    return {edge: n / len(edges) for edge, n in sorted(Counter(edges).items())}
+def shapes_of(trial: TrialConfig) -> dict[int, float]:
+    """The share of each compiled shape in a trial's steps, by the rows of its micro-batches."""
+    return _dataset(trial).layout.shares
+
+
+def tokens_of(trial: TrialConfig, rows: int) -> int:
+    """Tokens of a step whose micro-batches have so many rows."""
+    return trial.train.grad_accum * rows * _dataset(trial).layout.row_length
 
 
 def steps_of(trial: TrialConfig) -> int:
@@ -92,23 +89,23 @@ def epoch_of(trial: TrialConfig) -> int:
 
 
 def measure_probe(trial: TrialConfig) -> Probe:
-    """Compile and time the step of one trial at the length that most steps have.
+    """Compile and time the step of one trial in the shape that most steps have.
 
     On a mesh, of one trial on each of the devices that trials are spread over.
     """
-    shares = lengths_of(trial)
-    length = max(shares, key=lambda edge: shares[edge])
+    shares = shapes_of(trial)
+    rows = max(shares, key=lambda rows: shares[rows])
     mesh = mesh_of(trial)
     lanes = mesh.shape["trial"] if mesh else 1
     engine = _engine([trial] * lanes, tokens_at_once=0, lanes=1)
-    step = [hyper_of(trial)] * lanes, [dummy_batch(trial, length)] * lanes
+    step = [hyper_of(trial)] * lanes, [dummy_batch(trial, rows)] * lanes
     cost, _ = engine.compile(*step, is_trained=False)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
         engine.read(engine.step(*step))
         seconds.append(time.perf_counter() - start)
-    tokens = lanes * trial.train.batch_size * length
+    tokens = lanes * tokens_of(trial, rows)
     adapter = sizes_of([trial])[0].flops
     return Probe(cost.compile_seconds, min(seconds[1:]) / tokens, adapter)
 
@@ -116,13 +113,12 @@ def measure_probe(trial: TrialConfig) -> Probe:
 def pack_memory(
     trials: Sequence[TrialConfig], *, tokens_at_once: int, lanes: int | None
 ) -> tuple[int, int]:
-    """(bytes of the pack's step at the longest length, lanes side by side in it).
+    """(bytes of the pack's step in its largest shape, lanes side by side in it).
 
     The program is compiled, and not run; training finds it in the cache.
     """
     engine = _engine(trials, tokens_at_once=tokens_at_once, lanes=lanes)
-    length = _dataset(trials[0]).edges[-1]
-    batch = dummy_batch(trials[0], length)
+    batch = dummy_batch(trials[0], max(shapes_of(trials[0])))
     hypers = [hyper_of(trial) for trial in trials]
     cost, _ = engine.compile(hypers, [batch] * len(trials), is_trained=False)
     return cost.memory_bytes, engine.side
@@ -146,10 +142,10 @@ def _engine(trials: Sequence[TrialConfig], *, tokens_at_once: int, lanes: int | 
 
 
 def trial_memory(trial: TrialConfig) -> int:
-    """Bytes of a trial's own step at the longest length; compiled, and not run."""
+    """Bytes of a trial's own step in its largest shape; compiled, and not run."""
     setup, hyper = prepare(trial), hyper_of(trial)
     state = init_state(setup.trainable, hyper, setup.dropout_key)
-    batch = dummy_batch(trial, _dataset(trial).edges[-1])
+    batch = dummy_batch(trial, max(shapes_of(trial)))
     parts = state, setup.frozen, hyper, batch
     cost, _ = compile_cost(train_step, setup.program, *parts, is_trained=False)
     return cost.memory_bytes
@@ -166,12 +162,14 @@ def memory_limit(trial: TrialConfig) -> int:
     return int(SPARE * (stats.get("bytes_limit") or _free_host_memory()))
 
 
-def dummy_batch(trial: TrialConfig, length: int) -> dict[str, np.ndarray]:
-    """A batch of a length, filled with the training split's shortest example."""
-    dataset = _dataset(trial)
+def dummy_batch(trial: TrialConfig, rows: int) -> dict[str, np.ndarray]:
+    """A batch whose micro-batches have so many rows, each with the shortest example."""
+    dataset, layout = _dataset(trial), _dataset(trial).layout
     shortest = int(np.argmin(dataset.train.lengths))
-    rows = np.full(trial.train.batch_size, shortest)
-    return data.collate(dataset.train, rows, len(rows), (length,), dataset.pad_id)
+    placed = [[n] for n in range(min(rows, layout.examples))]
+    indices = np.full(len(placed), shortest)
+    part = data.collate(dataset.train, indices, placed, layout, rows=rows)
+    return {name: np.concatenate([x] * trial.train.grad_accum) for name, x in part.items()}
 
 
 def _adapter_key(trial: TrialConfig) -> str:
@@ -179,7 +177,7 @@ def _adapter_key(trial: TrialConfig) -> str:
 
 
 def _dataset(trial: TrialConfig) -> Dataset:
-    return load_dataset(trial.task, trial.model, trial.train.max_shapes)
+    return load_dataset(trial)
 
 
 def _free_host_memory() -> int:

@@ -55,7 +55,7 @@ class PackEngine:
         self.program, self.mesh, self.side = setups[0].program, mesh, 1
         self.tokens_at_once, self.lanes = tokens_at_once, lanes
         self._shapes = [jax.tree.map(_shape, state) for state in states]
-        self._programs: dict[tuple[int, int], tuple[StepCost, Any, int]] = {}
+        self._programs: dict[tuple[int, ...], tuple[StepCost, Any, int]] = {}
         like = stacked_like(self._shapes)
         adapter = jax.tree.map(lambda _: None, like.trainable["lora"])
         params = {"base": setups[0].frozen.params["base"], "lora": adapter}
@@ -94,7 +94,7 @@ class PackEngine:
         is_trained: bool = True,
     ) -> tuple[StepCost, bool]:
         """See `lorax.train.engine.Engine`; `is_trained` as in `compile_cost`."""
-        key = batches[0]["input_ids"].shape[1], self.count
+        key = self._key(batches)
         is_new = key not in self._programs
         if is_new:
             packed = self._packed(batches[0]["input_ids"].shape)
@@ -112,7 +112,7 @@ class PackEngine:
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
         """See `lorax.train.engine.Engine`."""
         self.compile(hypers, batches)
-        program = self._programs[batches[0]["input_ids"].shape[1], self.count][1]
+        program = self._programs[self._key(batches)][1]
         self.state, losses = program(*self._arguments(hypers, batches))
         return losses
 
@@ -149,6 +149,9 @@ class PackEngine:
         both = self._host((self.state, self.frozen.scales))
         self._shapes = [self._shapes[n] for n in lanes]
         self._place(*jax.tree.map(lambda x: x[np.asarray(lanes)], both))
+
+    def _key(self, batches: Sequence[HostBatch]) -> tuple[int, ...]:
+        return (self.count, *batches[0]["input_ids"].shape)
 
     def _arguments(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> tuple[Any, ...]:
         hyper = Hyper(*(np.stack(values) for values in zip(*hypers, strict=True)))
@@ -205,15 +208,11 @@ def mesh_of(trial: TrialConfig) -> Mesh | None:
         return None
     mesh = make_mesh(sizes.trial, sizes.data, sizes.fsdp)
     devices, train = sizes.data * sizes.fsdp, trial.train
-    for name, rows in (
-        ("train.batch_size / train.grad_accum", train.batch_size // train.grad_accum),
-        ("train.eval_batch_size", train.eval_batch_size),
-    ):
-        if rows % devices:
-            raise LoraxError(
-                f"{name} = {rows} does not divide over sweep.mesh.data={sizes.data} x "
-                f"sweep.mesh.fsdp={sizes.fsdp}"
-            )
+    if (examples := train.batch_size // train.grad_accum) % devices:
+        raise LoraxError(
+            f"train.batch_size / train.grad_accum = {examples} does not divide over "
+            f"sweep.mesh.data={sizes.data} x sweep.mesh.fsdp={sizes.fsdp}"
+        )
     return mesh
 
 

@@ -83,8 +83,9 @@ def why_apart(trials: Sequence[TrialConfig]) -> str:
     names = dict.fromkeys(name for settings in all_settings for name in settings)
     reasons = []
     for name in names:
-        values = list(dict.fromkeys(json.dumps(settings.get(name)) for settings in all_settings))
-        if len(values) > 1 and name == "trial":
+        there = [settings[name] for settings in all_settings if name in settings]
+        values = list(dict.fromkeys(map(json.dumps, there)))
+        if name == "trial" and len(all_settings) > 1:
             reasons.append("full fine-tuning freezes nothing to share")
         elif len(values) > 1:
             reasons.append(f"{name} ({', '.join(value.strip(chr(34)) for value in values[:6])})")

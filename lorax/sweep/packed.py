@@ -140,9 +140,10 @@ def _check_halving(trial: TrialConfig) -> None:
         return
     first, total = math.ceil(after / every) * every, steps_of(trial)
     if first >= total:
+        remedy = "sweep.halving.after" if every < total <= after else "train.eval_every"
         raise LoraxError(
-            f"sweep.halving.after={after} would cut nothing: the first evaluation from there on "
-            f"is at step {first}, and trials have {total}; lower it, or train.eval_every={every}"
+            f"sweep.halving.after={after} would cut nothing: trials are evaluated every {every} "
+            f"steps and trained for {total}; lower {remedy}"
         )
 
 

@@ -13,12 +13,13 @@ from lorax.sweep.cost import (
     Probe,
     Size,
     base_flops,
-    lengths_of,
     measure_probe,
     memory_limit,
     pack_memory,
+    shapes_of,
     sizes_of,
     steps_of,
+    tokens_of,
     trial_memory,
 )
 from lorax.sweep.engine import trains_alone
@@ -103,16 +104,14 @@ def _saving(trial: TrialConfig, probe: Probe | None) -> float:
     """One more program's cost in FLOPs a token of one lane: its compilations."""
     if probe is None:
         return math.inf
-    shares = lengths_of(trial)
-    programs = 2 * len(shares)  # a step and a prediction for each length
+    programs = len(shapes_of(trial)) + 1  # the steps' shapes, and the evaluation's
     tokens = steps_of(trial) * _tokens_per_step(trial)
     flops_per_second = (base_flops(trial) + probe.adapter_flops) / probe.seconds_per_token
     return programs * probe.compile_seconds * flops_per_second / tokens
 
 
 def _tokens_per_step(trial: TrialConfig) -> float:
-    shares = lengths_of(trial)
-    return trial.train.batch_size * sum(length * share for length, share in shares.items())
+    return sum(tokens_of(trial, rows) * share for rows, share in shapes_of(trial).items())
 
 
 def _fitting(
@@ -163,7 +162,7 @@ def _predicted(
         return facts
     scale = (base + largest) / (base + probe.adapter_flops) if largest else 1.0
     per_step = len(sizes) * scale * probe.seconds_per_token * _tokens_per_step(trial)
-    compile_seconds = probe.compile_seconds * len(lengths_of(trial))
+    compile_seconds = probe.compile_seconds * len(shapes_of(trial))
     return facts | {
         "seconds_per_step": per_step,
         "compile_seconds": compile_seconds,

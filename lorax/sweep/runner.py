@@ -230,7 +230,7 @@ def _lane(trial: TrialConfig, start: Start) -> Lane:
     directory = trial_dir(trial)
     if is_open(trial):
         return open_lane(trial, directory, start)
-    dataset = load_dataset(trial.task, trial.model, trial.train.max_shapes)
+    dataset = load_dataset(trial)
     _, _, best, progress, meter = start
     return Lane(trial, directory, start.setup, dataset, _Silent(), best, progress, meter)
 

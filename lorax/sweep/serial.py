@@ -61,7 +61,7 @@ def refuse_halving(trials: Sequence[TrialConfig]) -> None:
       LoraxError: `sweep.halving` is on.
     """
     if any(trial.sweep.halving.after is not None for trial in trials):
-        raise LoraxError("sweep.halving compares trials in lockstep: add hydra/launcher=packed")
+        raise LoraxError("sweep.halving compares trials in lockstep: add -m hydra/launcher=packed")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def check_config(config: TrialConfig) -> None:
     _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     _one_of("tracking.kind", config.tracking.kind, TRACKERS)
     for name in ("epochs", "batch_size", "grad_accum", "eval_batch_size", "max_shapes",
-                 "length_window", "log_every"):  # fmt: skip
+                 "log_every"):  # fmt: skip
         _at_least_one(f"train.{name}", getattr(train, name))
     for name in ("max_steps", "pad_rank", "checkpoint_every", "eval_every", "early_stopping"):
         _at_least_one(f"train.{name}", getattr(train, name), optional=True)

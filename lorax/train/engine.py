@@ -46,23 +46,23 @@ class Solo:
         self.setup = setup
         # The step donates its state, and the frozen side may share arrays with it.
         self.state: State = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
-        self._programs: dict[int, tuple[StepCost, Any]] = {}
+        self._programs: dict[tuple[int, ...], tuple[StepCost, Any]] = {}
 
     def compile(
         self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]
     ) -> tuple[StepCost, bool]:
         """See `Engine`."""
-        length = batches[0]["input_ids"].shape[1]
-        is_new = length not in self._programs
+        shape = batches[0]["input_ids"].shape
+        is_new = shape not in self._programs
         if is_new:
             arguments = self._arguments(hypers, batches)
-            self._programs[length] = compile_cost(train_step, self.setup.program, *arguments)
-        return self._programs[length][0], is_new
+            self._programs[shape] = compile_cost(train_step, self.setup.program, *arguments)
+        return self._programs[shape][0], is_new
 
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
         """See `Engine`."""
         self.compile(hypers, batches)
-        program = self._programs[batches[0]["input_ids"].shape[1]][1]
+        program = self._programs[batches[0]["input_ids"].shape][1]
         self.state, loss = program(*self._arguments(hypers, batches))
         return loss
 

@@ -19,17 +19,20 @@ def predict_split(
     """Outputs for a whole split in its order: (..., n, outputs).
 
     Args:
-      forward: from a batch of B rows to (..., B, outputs); the leading axes are the lanes.
-      dataset: its edges and padding.
+      forward: from a packed batch of N examples to (..., N, outputs); the leading axes are the
+        lanes.
+      dataset: its row length and padding.
       encoded: the split.
-      batch_size: rows a forward pass.
+      batch_size: examples a forward pass, on average.
     """
-    batches = data.eval_batches(encoded.lengths, batch_size)
+    row_length = dataset.layout.row_length
+    layout, batches = data.eval_plan(encoded, batch_size, row_length, dataset.multiple)
+    (rows,) = layout.rows
     outputs = []
-    for indices in batches:
-        batch = data.collate(encoded, indices, batch_size, dataset.edges, dataset.pad_id)
+    for indices, placed in batches:
+        batch = data.collate(encoded, indices, placed, layout, rows=rows, pad_id=dataset.pad_id)
         outputs.append(forward(batch)[..., : len(indices), :])
-    order = np.argsort(np.concatenate(batches), kind="stable")
+    order = np.argsort(np.concatenate([indices for indices, _ in batches]), kind="stable")
     return np.concatenate(outputs, axis=-2)[..., order, :]
 
 

@@ -1,7 +1,6 @@
 """The training loop: lanes in lockstep, their evaluations and checkpoints."""
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 
 from lorax import data
+from lorax.config import TrainConfig
 from lorax.train.engine import Engine, HostBatch
 from lorax.train.evaluation import predict_split, score
 from lorax.train.lane import Lane
@@ -76,7 +76,7 @@ class Loop:
                 seconds = time.perf_counter() - clock
             if not self.alive():
                 break
-            self._advance(batches[0]["input_ids"].shape[1], cost, is_new)
+            self._advance(batches[0]["input_ids"].size, cost, is_new)
             due = self._due()
             if due:
                 self._settle(*pending, bar)
@@ -92,33 +92,26 @@ class Loop:
         self.end_lanes(all_of_them=True)
 
     def _batches(self) -> Iterator[list[HostBatch]]:
-        """Each lane's next batch, all padded alike; a pure function of seeds and step."""
+        """Each lane's next batch, all packed alike; a pure function of seeds and step."""
         encoded, train = self.dataset.train, self.train
         while self.alive() and self.step < self.total_steps:
             epoch, position = divmod(self.step, self.batches_per_epoch)
             orders = {
-                seed: data.train_batches(
-                    encoded.lengths,
-                    train.batch_size,
-                    seed=seed,
-                    epoch=epoch,
-                    window=train.length_window,
-                )
+                seed: data.train_batches(len(encoded), train.batch_size, seed=seed, epoch=epoch)
                 for seed in {lane.config.seed for lane in self.lanes}
             }
             for n in range(position, self.batches_per_epoch):
                 if self.step >= self.total_steps:
                     return
                 seeds = {lane.config.seed for lane in self.lanes}  # lanes may have been left out
-                chosen = {seed: orders[seed][n] for seed in seeds}
-                batches = collate_alike(self.dataset, chosen, train.batch_size)
+                batches = collate_alike(self.dataset, {s: orders[s][n] for s in seeds}, train)
                 yield [batches[lane.config.seed] for lane in self.lanes]
 
-    def _advance(self, length: int, cost: Any, is_new: bool) -> None:
+    def _advance(self, tokens: int, cost: Any, is_new: bool) -> None:
         self.step += 1
         for lane in self.alive():
             lane.progress.step += 1
-            lane.meter.count(length, cost, is_new)
+            lane.meter.count(tokens, cost, is_new)
 
     def _add_step(self, seconds: float) -> None:
         if len(self.lanes) == self._width:
@@ -182,12 +175,14 @@ class Loop:
 
 
 def collate_alike(
-    dataset: Dataset, chosen: dict[int, np.ndarray], batch_size: int
+    dataset: Dataset, chosen: dict[int, np.ndarray], train: TrainConfig
 ) -> dict[int, HostBatch]:
-    """Batches of the same shape: the smallest edge that holds all of the chosen examples."""
-    longest = max(int(dataset.train.lengths[indices].max()) for indices in chosen.values())
-    edge = dataset.edges[bisect_left(dataset.edges, longest)]
-    return {
-        key: data.collate(dataset.train, indices, batch_size, (edge,), dataset.pad_id)
-        for key, indices in chosen.items()
-    }
+    """Batches of one shape, the smallest that holds each of the chosen ones."""
+    batches = data.collate_alike(
+        dataset.train,
+        list(chosen.values()),
+        dataset.layout,
+        parts=train.grad_accum,
+        pad_id=dataset.pad_id,
+    )
+    return dict(zip(chosen, batches, strict=True))

@@ -43,7 +43,7 @@ class Meter:
     shapes: dict[int, StepCost] = field(default_factory=dict)
     earlier: dict[int, StepCost] = field(default_factory=dict)
     step_seconds: list[float] = field(default_factory=list)
-    steps_by_length: dict[int, int] = field(default_factory=dict)
+    steps_by_tokens: dict[int, int] = field(default_factory=dict)
     earlier_seconds: float = 0.0
     compile_seconds: float = 0.0
     started: float = field(default_factory=lambda: time.perf_counter())  # noqa: PLW0108 (tests set the clock)
@@ -57,7 +57,7 @@ class Meter:
             "compile_seconds": self.compile_seconds,
             "most_lanes": self.most_lanes,
             "step_seconds": self.step_seconds[-KEEP_STEPS:],
-            "steps_by_length": {str(t): n for t, n in self.steps_by_length.items()},
+            "steps_by_tokens": {str(t): n for t, n in self.steps_by_tokens.items()},
             "seconds": self.seconds,
         }
 
@@ -71,7 +71,7 @@ class Meter:
             most_lanes=record["most_lanes"],
         )
         meter.earlier = {int(t): StepCost(**cost) for t, cost in record["shapes"].items()}
-        meter.steps_by_length = {int(t): n for t, n in record["steps_by_length"].items()}
+        meter.steps_by_tokens = {int(t): n for t, n in record["steps_by_tokens"].items()}
         return meter
 
     @property
@@ -79,12 +79,12 @@ class Meter:
         """Wall-clock time spent on the trial, in all its legs up to their last checkpoint."""
         return self.earlier_seconds + (time.perf_counter() - self.started) / self.lanes
 
-    def count(self, length: int, cost: StepCost, is_new: bool) -> None:
-        """Count a step on batches of `length` tokens; its program may have been compiled for it."""
+    def count(self, tokens: int, cost: StepCost, is_new: bool) -> None:
+        """Count a step on a batch of `tokens`; its program may have been compiled for it."""
         if is_new:
             self.compile_seconds += cost.compile_seconds / self.lanes
-        self.shapes.setdefault(length, cost)
-        self.steps_by_length[length] = self.steps_by_length.get(length, 0) + 1
+        self.shapes.setdefault(tokens, cost)
+        self.steps_by_tokens[tokens] = self.steps_by_tokens.get(tokens, 0) + 1
 
     def add_step(self, seconds: float) -> None:
         """Note how long a step took, without compilation: the trial's share of it."""
@@ -99,16 +99,16 @@ class Meter:
 
     def summary(self) -> dict[str, Any]:
         """The costs, for `result.json`."""
-        steps = sum(self.steps_by_length.values())
+        steps = sum(self.steps_by_tokens.values())
         shapes = self.earlier | self.shapes
-        flops = sum(shapes[t].flops * n for t, n in self.steps_by_length.items())
+        flops = sum(shapes[t].flops * n for t, n in self.steps_by_tokens.items())
         return {
             "seconds_per_step": float(np.median(self.step_seconds)) if self.step_seconds else None,
             "seconds_total": self.seconds,
             "compile_seconds": self.compile_seconds,
             "step_memory_bytes": max((cost.memory_bytes for cost in shapes.values()), default=0),
             "flops_per_step": flops / steps if steps else None,
-            "steps_by_length": {str(t): n for t, n in sorted(self.steps_by_length.items())},
+            "steps_by_tokens": {str(t): n for t, n in sorted(self.steps_by_tokens.items())},
             "lanes": self.most_lanes,
             "peak_rss_bytes": peak_rss(),
             "peak_device_bytes": _peak_device(),

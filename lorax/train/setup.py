@@ -25,12 +25,22 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Dataset:
-    """A tokenized task: the training split, each dev split, and the compiled lengths."""
+    """A tokenized task.
+
+    Attributes:
+      task: what is known of it.
+      train: the training split.
+      dev: each dev split.
+      layout: the shapes that training's micro-batches are packed into.
+      multiple: devices that the rows of a batch are spread over.
+      pad_id: token id of the padding.
+    """
 
     task: data.Task
     train: data.Encoded
     dev: dict[str, data.Encoded]
-    edges: tuple[int, ...]
+    layout: data.Layout
+    multiple: int
     pad_id: int
 
 
@@ -71,7 +81,7 @@ def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
         targets = resolve(shapes, spec_of(config.lora))
         _check_padding(config, max(target.rank for target in targets.values()))
     _check_length(config)
-    load_dataset(config.task, config.model, config.train.max_shapes)
+    load_dataset(config)
     _load_model(config, jax.random.key(0))
 
 
@@ -109,15 +119,31 @@ def _shapes(model: tuple[tuple[str, Any], ...], outputs: int) -> tuple[Any, int]
     return nnx.to_pure_dict(nnx.state(abstract)), abstract.encoder.config.max_length
 
 
-def load_dataset(task: TaskConfig, model: ModelConfig, max_shapes: int) -> Dataset:
+def load_dataset(config: TrialConfig) -> Dataset:
     """The task in the model's tokens; kept, so that a sweep tokenizes once."""
-    return _load_dataset(_items(task), model.source, model.revision, max_shapes)
+    train, mesh = config.train, config.sweep.mesh
+    return _load_dataset(
+        (_items(config.task), config.model.source, config.model.revision),
+        train.batch_size // train.grad_accum,
+        train.max_shapes,
+        mesh.data * mesh.fsdp,
+    )
+
+
+@lru_cache(maxsize=8)
+def _load_dataset(source: Any, micro_batch: int, max_shapes: int, multiple: int) -> Dataset:
+    task, train, dev, pad_id = _load_splits(*source)
+    longest = max(int(split.lengths.max()) for split in (train, *dev.values()))
+    layout = data.choose_layout(
+        train.lengths, micro_batch, max_shapes=max_shapes, longest=longest, multiple=multiple
+    )
+    return Dataset(task, train, dev, layout, multiple, pad_id)
 
 
 @lru_cache(maxsize=4)
-def _load_dataset(
-    task_items: tuple[tuple[str, Any], ...], source: str, revision: str | None, max_shapes: int
-) -> Dataset:
+def _load_splits(
+    task_items: tuple[tuple[str, Any], ...], source: str, revision: str | None
+) -> tuple[data.Task, data.Encoded, dict[str, data.Encoded], int]:
     config = TaskConfig(**dict(task_items))
     task = data.get_task(config.name)
     tokenizer = data.load_tokenizer(resolve_source(source, revision))
@@ -128,10 +154,7 @@ def _load_dataset(
 
     train = read("train", config.max_train_samples)
     dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
-    lengths = np.concatenate([train.lengths, *(d.lengths for d in dev.values())])
-    limit = load_config(ModelConfig(source=source, revision=revision)).max_length
-    edges = tuple(min(edge, limit) for edge in data.bucket_lengths(lengths, max_shapes))
-    return Dataset(task, train, dev, edges, _pad_id(tokenizer, source, revision))
+    return task, train, dev, _pad_id(tokenizer, source, revision)
 
 
 def _pad_id(tokenizer: Any, source: str, revision: str | None) -> int:

@@ -66,13 +66,23 @@ def init_state(trainable: Any, hyper: Hyper, key: jax.Array) -> State:
 def forward(
     program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None = None
 ) -> jax.Array:
-    """Model outputs (B, outputs) in fp32; deterministic without a key."""
+    """Model outputs (N, outputs) in fp32; deterministic without a key.
+
+    The batch is packed, as `lorax.data.collate` makes it, or has an example a row, as
+    `lorax.data.pad` does.
+    """
     params = combine(trainable, gather(frozen.params))
     model: Any = nnx.merge(program.graphdef, params["base"])
     model = adapt(model, params["lora"], frozen.scales, dropout=program.lora_dropout, key=key)
     rngs = nnx.Rngs(key) if key is not None and program.model_dropout else None
-    inputs = (batch[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
-    return model(*inputs, rngs=rngs)
+    return model(
+        batch["input_ids"],
+        batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"],
+        batch["token_type_ids"],
+        position_ids_BxT=batch.get("position_ids"),
+        first_tokens_N=batch.get("first_tokens"),
+        rngs=rngs,
+    )
 
 
 def example_losses(kind: str, outputs: Any, labels: Any) -> jax.Array:

@@ -109,7 +109,7 @@ def find_start(config: TrialConfig, directory: Path, packs: dict[Path, Any] | No
 
 def open_lane(config: TrialConfig, directory: Path, start: Start) -> Lane:
     """The trial's side of the loop; its config is written, its records go on from its start."""
-    dataset = load_dataset(config.task, config.model, config.train.max_shapes)
+    dataset = load_dataset(config)
     write_json(directory / "config.json", dataclasses.asdict(config))
     trial = {**dataclasses.asdict(config), "trial_id": trial_id(config)}
     tracker = open_tracker(config.tracking, directory, trial, start.progress.step)

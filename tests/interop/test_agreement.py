@@ -47,12 +47,12 @@ def test_losses_and_outputs_agree_step_by_step(script, world, run):
 def test_the_trained_weights_agree(script, world, tmp_path):
     config = world.trial(optimizer={"lr": 0.01, "clip_norm": 0.2})
     config.train.max_steps = 8
-    dataset = load_dataset(config.task, config.model, config.train.max_shapes)
+    dataset = load_dataset(config)
     ours, theirs = script.same_start(config, dataset)
     start = jax.tree.map(np.asarray, ours.state.trainable["lora"])
-    for _, batch in script.batches(config, dataset):
-        ours.step(batch)
-        theirs.step(batch)
+    for indices in script.batches(config, dataset):
+        ours.step(script.batch_for("lorax", dataset, indices))
+        theirs.step(script.batch_for("peft", dataset, indices))
     theirs.model.encoder.save_pretrained(tmp_path)
     base = nnx.to_pure_dict(nnx.state(abstract_model(config.model, 2)))
     for path, pair in load_peft(tmp_path, base, "bert").lora.items():

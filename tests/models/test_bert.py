@@ -116,7 +116,7 @@ def test_xla_attention_equals_einsum(batch, side):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_fully_masked_rows_stay_finite(implementation, dtype):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8), dtype)
-    mask = jnp.array([[True] * 5, [False] * 5])
+    mask = jnp.array([[[True] * 5] * 5, [[False] * 5] * 5])
     value, grad = jax.value_and_grad(
         lambda q: attend(q, k, v, mask, implementation=implementation).astype(jnp.float32).sum()
     )(q)
@@ -160,7 +160,7 @@ def test_bf16_is_finite_and_close(write_checkpoint, load, batch, attention, para
 def test_dropout_needs_rngs(batch):
     arrays, model = batch(), classifier()
     np.testing.assert_array_equal(model(*arrays), model(*arrays))
-    one, again, other = (model(*arrays, nnx.Rngs(dropout=seed)) for seed in (0, 0, 1))
+    one, again, other = (model(*arrays, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other)
     assert not np.allclose(one, model(*arrays))
@@ -176,7 +176,7 @@ def test_each_dropout_acts_alone(batch, model_type, site):
     )
     arrays = batch(model_type)
     model = classifier("pooler", model_type=model_type, **(rates | {site: 0.5}))
-    assert not np.allclose(model(*arrays), model(*arrays, nnx.Rngs(dropout=0)))
+    assert not np.allclose(model(*arrays), model(*arrays, rngs=nnx.Rngs(dropout=0)))
 
 
 @pytest.mark.parametrize(("model_type", "draws"), [("bert", 1), ("roberta", 2)])
@@ -184,7 +184,7 @@ def test_roberta_drops_before_its_pooler_too(batch, model_type, draws):
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = classifier("pooler", model_type=model_type, classifier_dropout=0.5, **rates)
     rngs = nnx.Rngs(dropout=0)
-    model(*batch(model_type), rngs)
+    model(*batch(model_type), rngs=rngs)
     assert rngs.dropout.count[...] == draws
 
 
@@ -201,7 +201,7 @@ def test_rate_zero_compiles_to_nothing(batch):
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = classifier(**rates)
     jaxpr = str(
-        jax.make_jaxpr(lambda key: model(*arrays, nnx.Rngs(dropout=key)))(jax.random.key(0))
+        jax.make_jaxpr(lambda key: model(*arrays, rngs=nnx.Rngs(dropout=key)))(jax.random.key(0))
     )
     assert "random_bits" not in jaxpr
 

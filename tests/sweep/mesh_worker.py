@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,8 +19,10 @@ import numpy as np
 from lorax import data
 from lorax.config import (
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    SweepConfig,
     TaskConfig,
     TrainConfig,
     TrialConfig,
@@ -63,15 +66,15 @@ def trials(base, data_dir):
 
 def steps_of(configs):
     """Each step's hypers and batches, as the loop would give them."""
-    dataset = load_dataset(configs[0].task, configs[0].model, 1)
+    whole_rows = replace(configs[0], sweep=SweepConfig(mesh=MeshConfig(fsdp=8)))  # on any mesh
+    dataset = load_dataset(whole_rows)
     orders = {
-        t.seed: data.train_batches(dataset.train.lengths, ROWS, seed=t.seed, epoch=0, window=8)
-        for t in configs
+        t.seed: data.train_batches(len(dataset.train), ROWS, seed=t.seed, epoch=0) for t in configs
     }
     factors = [lr_factor(t.optimizer.schedule, STEPS, t.optimizer.warmup_ratio) for t in configs]
     for step in range(STEPS):
         chosen = {seed: order[step % len(order)] for seed, order in orders.items()}
-        batches = collate_alike(dataset, chosen, ROWS)
+        batches = collate_alike(dataset, chosen, configs[0].train)
         hypers = [hyper_of(t, factor(step)) for t, factor in zip(configs, factors, strict=True)]
         yield hypers, [batches[t.seed] for t in configs]
 

@@ -16,6 +16,7 @@ CASES = {
     "word for a number": (["lora.rank=eight"], r"lora.rank: .*'eight'.*Integer"),
     "fraction for a count": (["train.batch_size=1.5"], r"train.batch_size: .*'1.5'"),
     "half an override": (["lora.rank"], "lora.rank: missing EQUAL"),
+    "a sweep without -m": (["lora.rank=1,2"], "'lora.rank=1,2': a sweep over it needs -m"),
     "open bracket": (["lora.targets=[q"], r"lora.targets=\[q: no viable alternative"),
     "entry of a mapping": (["lora.rank_pattern={query:8}"], r"\+lora.rank_pattern.query="),
     "rank 0": (["lora.rank=0"], "lora.rank=0 is not a whole number of at least 1"),
@@ -46,10 +47,13 @@ CASES = {
     "tokenizer damaged": (["model.source={broken}/tokenizer"], "not a tokenizer.json"),
     "config damaged": (["model.source={broken}/config"], "config.json is not readable JSON"),
     "cudnn without a GPU": (["model.attention=cudnn"], "attention=cudnn needs a GPU and bf16"),
-    "halving of a single trial": (["sweep.halving.after=1"], "lockstep: add hydra/launcher=packed"),
+    "halving of a single trial": (
+        ["sweep.halving.after=1"],
+        "lockstep: add -m hydra/launcher=packed",
+    ),
     "halving after the end": (
         ["-m", "hydra/launcher=packed", "seed=0,1", "sweep.halving.after=3"],
-        "after=3 would cut nothing: the first evaluation .* at step 10, and trials have 4",
+        "after=3 would cut nothing: .* every 10 steps and trained for 4; lower train.eval_every",
     ),
     "several values for a sweep": (
         ["-m", "hydra/launcher=packed", "sweep.lanes=1,2"],

@@ -57,7 +57,7 @@ PROGRAM = {
     "train.checkpoint_every": TrialConfig(train=TrainConfig(checkpoint_every=7)),
     "train.precision": TrialConfig(train=TrainConfig(precision="bf16")),
     "train.base_dtype": TrialConfig(train=TrainConfig(base_dtype="bf16")),
-    "train.length_window": TrialConfig(train=TrainConfig(length_window=1)),
+    "train.max_shapes": TrialConfig(train=TrainConfig(max_shapes=1)),
     "output_dir": TrialConfig(output_dir="elsewhere"),
     "sweep.name": TrialConfig(sweep=SweepConfig(name="other")),
 }

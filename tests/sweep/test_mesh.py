@@ -107,13 +107,20 @@ def test_a_device_holds_its_share_of_the_base(packs, sizes):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_trials_never_talk_and_weights_move_along_fsdp_alone(packs, sizes):
-    """In the compiled step: gradients are summed over rows, weights put together, no more."""
+    """In the compiled step.
+
+    Gradients are summed over rows, weights put together, and once, for the pooling, examples.
+    """
     _, facts = packs[sizes]
     over_rows = [axis for axis, size in zip(("data", "fsdp"), sizes[1:], strict=True) if size > 1]
-    expected = {f"all-reduce {'+'.join(over_rows)}"} if over_rows else set()
+    axes = "+".join(over_rows)
+    pooling = f"all-gather {axes}"
+    expected = {f"all-reduce {axes}", pooling} if over_rows else set()
     if sizes[2] > 1:
         expected.add("all-gather fsdp")
     assert facts["collectives"].keys() == expected
+    if axes == "data":  # the hidden states and which example they belong to
+        assert facts["collectives"][pooling] == 2
 
 
 PACKED = ["-m", "hydra/launcher=packed"]
@@ -136,10 +143,6 @@ FAULTS = {
     "micro-batches that do not divide": (
         ["sweep.mesh.data=4", "sweep.mesh.fsdp=2", "train.grad_accum=4"],
         r"train.grad_accum = 4 does not divide over sweep.mesh.data=4 x sweep.mesh.fsdp=2",
-    ),
-    "dev rows that do not divide": (
-        ["sweep.mesh.data=8", "train.eval_batch_size=20"],
-        r"train.eval_batch_size = 20 does not divide over sweep.mesh.data=8",
     ),
     "no devices": (
         ["sweep.mesh.fsdp=0"],

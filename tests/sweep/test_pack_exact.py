@@ -50,14 +50,10 @@ def train(trials, steps, **options):
     alone = [Solo(setup, state) for setup, state in zip(setups, states, strict=True)]
     first = [pack.trainable(n) for n in range(len(trials))]
     t = trials[0]
-    dataset = load_dataset(t.task, t.model, t.train.max_shapes)
+    dataset = load_dataset(t)
     orders = {
         trial.seed: data.train_batches(
-            dataset.train.lengths,
-            t.train.batch_size,
-            seed=trial.seed,
-            epoch=0,
-            window=t.train.length_window,
+            len(dataset.train), t.train.batch_size, seed=trial.seed, epoch=0
         )
         for trial in trials
     }
@@ -67,11 +63,8 @@ def train(trials, steps, **options):
     losses, losses_alone = [], []
     for step in range(steps):
         chosen = {seed: order[step] for seed, order in orders.items()}
-        shared = collate_alike(dataset, chosen, t.train.batch_size)
-        own = [
-            collate_alike(dataset, {0: chosen[trial.seed]}, t.train.batch_size)[0]
-            for trial in trials
-        ]
+        shared = collate_alike(dataset, chosen, t.train)
+        own = [collate_alike(dataset, {0: chosen[trial.seed]}, t.train)[0] for trial in trials]
         hypers = [
             hyper_of(trial, factor(step)) for trial, factor in zip(trials, factors, strict=True)
         ]
@@ -219,7 +212,14 @@ UNLIKE = [
             id="regression in micro-batches",
         ),
         pytest.param({"train": {"mode": "head"}}, id="head alone"),
-        pytest.param({"lora": {"dropout": 0.2}, "model": {"dropout": 0.1}}, id="dropout"),
+        pytest.param(
+            {
+                "lora": {"dropout": 0.2},
+                "model": {"dropout": 0.1},
+                "train": {"batch_size": 4, "max_shapes": 4},
+            },
+            id="dropout in several shapes",
+        ),
     ],
 )
 def test_a_pack_of_any_kind_trains_as_its_trials_do(world, changes):

@@ -76,15 +76,15 @@ def grids(draw):
 def drive(trials, step):
     """Call `step(hypers, batches)` with what each trial gets in each step; gather the losses."""
     first = trials[0]
-    dataset = load_dataset(first.task, first.model, first.train.max_shapes)
+    dataset = load_dataset(first)
     size = first.train.batch_size
-    orders = {t.seed: data.train_batches(dataset.train.lengths, size, seed=t.seed, epoch=0)
+    orders = {t.seed: data.train_batches(len(dataset.train), size, seed=t.seed, epoch=0)
               for t in trials}  # fmt: skip
     factors = [lr_factor(t.optimizer.schedule, STEPS, t.optimizer.warmup_ratio) for t in trials]
     losses = []
     for n in range(STEPS):
         chosen = {seed: order[n] for seed, order in orders.items()}
-        batches = collate_alike(dataset, chosen, size)
+        batches = collate_alike(dataset, chosen, first.train)
         hypers = [hyper_of(t, factor(n)) for t, factor in zip(trials, factors, strict=True)]
         losses.append(np.ravel(step(hypers, [batches[t.seed] for t in trials])))
     return np.array(losses)

@@ -1,16 +1,19 @@
 """How trials become packs: against brute force, with synthetic sizes, and XLA's own figures."""
 
+import dataclasses
 import itertools
 import math
 
 import hypothesis.strategies as st
 import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from lorax import data
 from lorax.errors import LoraxError
 from lorax.sweep import cost, planner
-from lorax.sweep.cost import GIB, Probe, Size, lengths_of, memory_limit, sizes_of, steps_of
+from lorax.sweep.cost import GIB, Probe, Size, memory_limit, shapes_of, sizes_of, steps_of
 from lorax.sweep.engine import even_share
 from lorax.sweep.planner import plan_packs, rank_buckets
 from lorax.train.lane import Lane
@@ -102,17 +105,37 @@ def test_the_base_costs_two_products_of_each_kernel_a_token(world):
 )
 def test_steps_are_those_of_the_loop(world, train):
     trial = world.trial(train={"max_steps": None, **train})
-    dataset = load_dataset(trial.task, trial.model, trial.train.max_shapes)
+    dataset = load_dataset(trial)
     lane = Lane(trial, None, None, dataset, None, None, meter=Meter())
     assert steps_of(trial) == lane.total_steps
 
 
-def test_the_shares_of_lengths_are_those_of_an_epoch(world):
-    shares = lengths_of(world.trial(train={"max_shapes": 4, "batch_size": 4, "length_window": 3}))
-    assert list(shares) == [8, 16]
-    assert sum(shares.values()) == pytest.approx(1)
-    counts = [share * math.ceil(150 / 4) for share in shares.values()]
-    assert counts == pytest.approx([round(count) for count in counts])
+def test_the_shares_of_shapes_are_near_those_of_an_epoch(world):
+    trial = world.trial(train={"max_shapes": 4, "batch_size": 4})
+    dataset, shares = load_dataset(trial), shapes_of(trial)
+    assert len(shares) > 1 and sum(shares.values()) == pytest.approx(1)
+    batches = [
+        batch
+        for epoch in range(20)
+        for batch in data.train_batches(len(dataset.train), 4, seed=0, epoch=epoch)
+        if len(batch) == 4
+    ]
+    lengths, layout = dataset.train.lengths, dataset.layout
+    rows = [layout.rows_for(len(data.fit(lengths[b], layout.row_length))) for b in batches]
+    for n, share in shares.items():
+        assert rows.count(n) / len(rows) == pytest.approx(share, abs=0.05)
+
+
+def test_a_dummy_batch_has_the_shape_of_a_real_one(world):
+    trial = world.trial(train={"grad_accum": 2})
+    rows = max(shapes_of(trial))
+    dataset, dummy = load_dataset(trial), cost.dummy_batch(trial, rows)
+    layout = dataclasses.replace(dataset.layout, rows=(rows,))
+    (real,) = data.collate_alike(dataset.train, [np.arange(16)], layout, parts=2)
+    assert {k: (x.shape, x.dtype) for k, x in dummy.items()} == {
+        k: (x.shape, x.dtype) for k, x in real.items()
+    }
+    assert dummy["input_ids"].size == cost.tokens_of(trial, rows)
 
 
 class Machine:
@@ -259,9 +282,14 @@ def by_rank(world, ranks=RANKS, **lora):
     ]
 
 
-def predicted_seconds(base, buckets, probe):
+def step_tokens(trial):
+    (rows,) = shapes_of(trial)
+    return cost.tokens_of(trial, rows)
+
+
+def predicted_seconds(world, base, buckets, probe):
     """Of all packs, from first principles: steps at the largest rank, and their programs."""
-    tokens = 4 * 16 * 16  # steps, rows and length of each trial
+    tokens = 4 * step_tokens(world.trial())  # in 4 steps
     speed = (base + probe.adapter_flops) / probe.seconds_per_token
     flops = [6.0 * rank * 2 * (4 * 64 + 2 * 96) for rank in RANKS]
     return sum(
@@ -286,9 +314,9 @@ def test_ranks_are_parted_exactly_as_the_least_time_has_it(world, machine, compi
     plan = plan_packs(by_rank(world))
     assert [[t.lora.rank for t in pack.trials] for pack in plan] == ranks
     base = cost.base_flops(world.trial())
-    ours = predicted_seconds(base, seeds_of(plan), probe)
+    ours = predicted_seconds(world, base, seeds_of(plan), probe)
     ways = partitions(range(len(RANKS)))
-    assert ours == pytest.approx(min(predicted_seconds(base, way, probe) for way in ways))
+    assert ours == pytest.approx(min(predicted_seconds(world, base, way, probe) for way in ways))
 
 
 def test_little_padding_is_not_worth_a_measurement(world, machine):
@@ -311,10 +339,11 @@ def test_the_plan_that_is_printed_is_the_plan_that_is_run(world, machine, ranks)
 def test_predicted_times_follow_from_the_measured_step(world, machine):
     machine(Probe(3.0, seconds_per_token=1e-5, adapter_flops=6.0 * 2 * 2 * 64))
     (pack,) = plan_packs(alike(world, 5), with_times=True)
-    # The measured adapter is as large as these: 5 lanes of 16 rows of 16 tokens.
-    assert pack.predicted["seconds_per_step"] == pytest.approx(5 * 16 * 16 * 1e-5)
+    # The measured adapter is as large as these.
+    per_step = 5 * step_tokens(world.trial()) * 1e-5
+    assert pack.predicted["seconds_per_step"] == pytest.approx(per_step)
     assert pack.predicted["compile_seconds"] == pytest.approx(3.0)
-    assert pack.predicted["seconds"] == pytest.approx(4 * 5 * 16 * 16 * 1e-5 + 3.0)
+    assert pack.predicted["seconds"] == pytest.approx(4 * per_step + 3.0)
 
 
 def test_a_program_that_is_compiled_already_costs_what_it_did(world, machine):

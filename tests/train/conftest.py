@@ -17,7 +17,7 @@ class Bench:
 
     def __init__(self, config: TrialConfig):
         self.config = config
-        self.dataset = load_dataset(config.task, config.model, config.train.max_shapes)
+        self.dataset = load_dataset(config)
         self.setup = prepare(config)
         self.hyper = hyper_of(config)
         self.state = self.fresh()
@@ -33,11 +33,19 @@ class Bench:
             indices
             for epoch in range(epochs)
             for indices in data.train_batches(
-                encoded.lengths, train.batch_size, seed=self.config.seed, epoch=epoch
+                len(encoded), train.batch_size, seed=self.config.seed, epoch=epoch
             )
         ]
-        edges, pad_id = self.dataset.edges, self.dataset.pad_id
-        return [data.collate(encoded, i, train.batch_size, edges, pad_id) for i in order]
+        return [
+            data.collate_alike(
+                encoded,
+                [indices],
+                self.dataset.layout,
+                parts=train.grad_accum,
+                pad_id=self.dataset.pad_id,
+            )[0]
+            for indices in order
+        ]
 
     def step(self, batch: Any) -> float:
         parts = self.setup.program, self.state, self.setup.frozen, self.hyper, batch

@@ -15,9 +15,9 @@ def test_four_micro_batches_are_one_batch(bench):
     whole, parts = bench(optimizer=off), bench(optimizer=off, train={"grad_accum": 4})
     batches = whole.batches()
     assert min(batch["weights"].sum() for batch in batches) == 6  # of 16: 150 examples
-    for batch in batches:
+    for batch, in_parts in zip(batches, parts.batches(), strict=True):
         whole.state, parts.state = whole.fresh(), parts.fresh()
-        assert parts.step(batch) == pytest.approx(whole.step(batch), rel=1e-6)
+        assert parts.step(in_parts) == pytest.approx(whole.step(batch), rel=1e-6)
         largest = max(np.abs(leaf).max() for leaf in moments(whole))
         for expected, got in zip(moments(whole), moments(parts), strict=True):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-6 * largest)
@@ -41,14 +41,16 @@ def test_the_gradient_is_that_of_the_mean_over_real_examples(bench):
 
 @pytest.mark.parametrize("grad_accum", [1, 4])
 def test_the_loss_is_the_mean_over_real_examples(bench, grad_accum):
-    trial = bench(train={"grad_accum": grad_accum})
-    partial = next(batch for batch in trial.batches() if batch["weights"].sum() < 16)
-    outputs = trial.predict(partial)[:6]
+    whole, trial = bench(), bench(train={"grad_accum": grad_accum})
+    partial, own = (
+        next(batch for batch in t.batches() if batch["weights"].sum() < 16) for t in (whole, trial)
+    )
+    outputs = whole.predict(partial)[:6]
     expected = np.mean(example_losses("classification", outputs, partial["labels"][:6]))
-    assert trial.step(partial) == pytest.approx(float(expected), rel=1e-6)
+    assert trial.step(own) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_filler_rows_have_no_gradient(bench):
+def test_padding_and_absent_examples_have_no_gradient(bench):
     trial = bench()
     partial = next(batch for batch in trial.batches() if batch["weights"].sum() < 16)
     trial.step(partial)
@@ -56,8 +58,8 @@ def test_filler_rows_have_no_gradient(bench):
     trial.state = trial.fresh()
     other = {name: np.array(values) for name, values in partial.items()}
     other["labels"][6:] = 1
-    other["input_ids"][6:] = 9
-    other["attention_mask"][6:] = 1
+    other["input_ids"][other["segment_ids"] == 0] = 9
+    assert (other["input_ids"] != partial["input_ids"]).sum() > 20
     trial.step(other)
     for want, got in zip(expected, moments(trial), strict=True):
         np.testing.assert_array_equal(got, want)

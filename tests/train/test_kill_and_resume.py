@@ -15,7 +15,6 @@ OVERRIDES = [
     "train.eval_every=10",
     "train.log_every=1",
     "train.max_shapes=2",
-    "train.length_window=3",
     "model.dropout=0.1",
     "lora.dropout=0.1",
 ]

@@ -29,7 +29,7 @@ def leg(clock, record, length, steps, *, lanes=1, preparing=0.0):
 def test_costs_survive_any_number_of_legs(clock):
     record = leg(clock, leg(clock, leg(clock, None, 32, 2), 16, 1), 16, 1)
     summary = Meter.restore(record).summary()
-    assert summary["steps_by_length"] == {"16": 2, "32": 2}
+    assert summary["steps_by_tokens"] == {"16": 2, "32": 2}
     assert summary["flops_per_step"] == pytest.approx(240.0)
     assert summary["compile_seconds"] == pytest.approx(3.0)
     assert summary["step_memory_bytes"] == 32

@@ -33,7 +33,13 @@ def reference_flops(trial):
         def loss(trained):
             params = {"encoder": encoder, HEAD: trained[HEAD]}
             adapted = adapt(nnx.merge(graphdef, params), trained["lora"], spec)
-            logits = adapted(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+            logits = adapted(
+                batch["input_ids"],
+                batch["segment_ids"],
+                batch["token_type_ids"],
+                position_ids_BxT=batch["position_ids"],
+                first_tokens_N=batch["first_tokens"],
+            )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
             return jnp.mean(losses)
 

@@ -39,6 +39,8 @@ def test_ranks_targets_and_modes_start_from_the_same_numbers(world):
 
 def test_a_sweep_reads_its_task_once(world):
     first, second = world.trial(seed=1), world.trial(seed=2, lora={"rank": 1})
-    assert load_dataset(first.task, first.model, 1) is load_dataset(second.task, second.model, 1)
+    assert load_dataset(first) is load_dataset(second)
     other = world.trial(task={"max_train_samples": 40})
-    assert len(load_dataset(other.task, other.model, 1).train) == 40
+    assert len(load_dataset(other).train) == 40
+    cut = world.trial(train={"grad_accum": 4})
+    assert load_dataset(cut).train is load_dataset(first).train

@@ -59,7 +59,7 @@ def test_when_it_evaluates_and_ends(world, tmp_path, train, evaluated):
     assert [r["step"] for r in records(config, "eval")] == evaluated
     assert result["steps"] == evaluated[-1] == result["last"]["step"]
     assert result["last"]["epoch"] == pytest.approx(evaluated[-1] / 10)
-    assert sum(result["steps_by_length"].values()) == evaluated[-1]
+    assert sum(result["steps_by_tokens"].values()) == evaluated[-1]
 
 
 def test_early_stopping_counts_evaluations_without_a_better_one(world, tmp_path):

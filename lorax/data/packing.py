@@ -1,0 +1,256 @@
+"""Several examples in a row: batches of few shapes, with little padding.
+
+Tokens attend within their own example and count positions from its start, so that a packed batch
+computes what its examples compute alone.
+"""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lorax.data.tokenize import Encoded
+from lorax.errors import LoraxError
+
+DRAWS = 1000  # random batches that the shapes are chosen for
+ATTENTION = 400  # at this row length attention costs as much as all products with weights
+Rows = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shapes that batches of one size are packed into.
+
+    Attributes:
+      row_length: tokens a row, T; no example is longer.
+      rows: numbers of rows R, ascending; the last one takes any batch.
+      examples: most examples a batch, N.
+      shares: of random batches, by the rows they take; the last of `rows` is seldom among them.
+    """
+
+    row_length: int
+    rows: tuple[int, ...]
+    examples: int
+    shares: dict[int, float] = field(default_factory=dict, compare=False)
+
+    def rows_for(self, needed: int) -> int:
+        """The smallest number of rows that holds `needed`."""
+        return self.rows[bisect_left(self.rows, needed)]
+
+
+def fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> Rows:
+    """Examples in rows: the longest first, each where it fits best.
+
+    Returns:
+      Of each row, its examples' numbers; near the fewest rows there can be.
+
+    Raises:
+      LoraxError: an example longer than a row.
+
+    >>> fit([3, 5, 2, 6], row_length=8)
+    [[3, 2], [1, 0]]
+    """
+    rows: Rows = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for n in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[n])
+        if length > row_length:
+            raise LoraxError(f"an example of {length} tokens is longer than a row of {row_length}")
+        at = bisect_left(room, (length, 0))
+        if at == len(room):
+            rows.append([])
+            room.append((row_length, len(rows) - 1))
+        left, row = room.pop(at)
+        rows[row].append(n)
+        insort(room, (left - length, row))
+    return rows
+
+
+def choose_layout(
+    lengths: Sequence[int] | np.ndarray,
+    batch_size: int,
+    *,
+    max_shapes: int = 4,
+    longest: int | None = None,
+    multiple: int = 1,
+) -> Layout:
+    """Chooses the shapes of random batches: those that cost the fewest rows.
+
+    They depend on the lengths alone, not on a trial's seed. `max_shapes` serve all batches but
+    one that needs more rows than any of the drawn ones, which takes a row an example.
+
+    Args:
+      lengths: tokens an example, of the split that batches are drawn from.
+      batch_size: examples a batch, N.
+      max_shapes: most numbers of rows.
+      longest: tokens of the longest example of any split; None: of `lengths`.
+      multiple: every number of rows is a multiple of this.
+
+    Raises:
+      LoraxError: no lengths, or a bound below 1.
+    """
+    lengths = np.asarray(lengths)
+    at_least_one(batch_size=batch_size, max_shapes=max_shapes, examples=len(lengths))
+    shortest_row = round_up(longest or int(lengths.max()), 8)
+    # The raw stream is the same in every release of NumPy.
+    size = min(batch_size, len(lengths))
+    count = min(DRAWS, 20 + 40 * DRAWS // size)  # large batches are all alike
+    draws = lengths[np.random.PCG64(0).random_raw((count, size)) % len(lengths)]
+
+    def layout_of(row_length: int) -> Layout:
+        needed = [round_up(len(fit(draw, row_length)), multiple) for draw in draws]
+        edges = cheapest_edges(needed, max_shapes)
+        rows = tuple(dict.fromkeys((*edges, round_up(batch_size, multiple))))
+        taken = Counter(rows[bisect_left(rows, n)] for n in needed)
+        shares = {n: times / count for n, times in sorted(taken.items())}
+        return Layout(row_length, rows, batch_size, shares)
+
+    return min(map(layout_of, _candidates(shortest_row)), key=_cost)
+
+
+def _candidates(shortest: int) -> list[int]:
+    """Row lengths to choose from: in a somewhat longer row examples may fit much better."""
+    return [shortest + 8 * n for n in range(1 + min(shortest // 32, 6))]
+
+
+def _cost(layout: Layout) -> float:
+    """Expected work: products with weights grow with the tokens, attention with the row as well."""
+    tokens = layout.row_length * sum(rows * share for rows, share in layout.shares.items())
+    return tokens * (1 + layout.row_length / ATTENTION)
+
+
+def cheapest_edges(values: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most `most` ascending edges, so that rounding values up to the next edge adds least.
+
+    >>> cheapest_edges([5, 6, 7, 30, 31, 100], most=3)
+    (7, 31, 100)
+    """
+    edges, counts = np.unique(values, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    # cost[j]: least sum of the j smallest edges' values, rounded up; path[j]: how.
+    cost = np.concatenate([[0.0], np.full(len(edges), np.inf)])
+    path: list[tuple[int, ...]] = [()] * (len(edges) + 1)
+    for _ in range(min(most, len(edges))):
+        step = cost[:, None] + (below[None, 1:] - below[:, None]) * edges
+        step = np.where(np.arange(len(edges)) >= np.arange(len(edges) + 1)[:, None], step, np.inf)
+        start = step.argmin(axis=0)
+        path = [(), *(path[i] + (int(edges[j]),) for j, i in enumerate(start))]
+        cost = np.concatenate([[0.0], step.min(axis=0)])
+    return path[-1]
+
+
+def collate_alike(
+    encoded: Encoded,
+    batches: Sequence[np.ndarray],
+    layout: Layout,
+    *,
+    parts: int = 1,
+    pad_id: int = 0,
+) -> list[dict[str, np.ndarray]]:
+    """Packs several batches into the smallest shape that holds each of them; see `collate`.
+
+    Args:
+      encoded: the split.
+      batches: indices, at most `parts * layout.examples` each.
+      layout: the shapes.
+      parts: micro-batches that each batch is cut into, packed one by one.
+      pad_id: token id of the padding.
+    """
+    lengths = encoded.lengths
+    cut = [_parts(indices, parts, layout.examples) for indices in batches]
+    placed = [[fit(lengths[part], layout.row_length) for part in batch] for batch in cut]
+    rows = layout.rows_for(max(len(rows) for batch in placed for rows in batch))
+    return [
+        _joined(
+            [
+                collate(encoded, part, where, layout, rows=rows, pad_id=pad_id)
+                for part, where in zip(batch, places, strict=True)
+            ]
+        )
+        for batch, places in zip(cut, placed, strict=True)
+    ]
+
+
+def _parts(indices: np.ndarray, count: int, size: int) -> list[np.ndarray]:
+    """Cuts a batch into micro-batches; of one that is partial, the last may be empty."""
+    if len(indices) > count * size:
+        raise LoraxError(f"{len(indices)} examples do not fit into a batch of {count * size}")
+    return [np.asarray(indices)[n * size : (n + 1) * size] for n in range(count)]
+
+
+def _joined(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def collate(
+    encoded: Encoded,
+    indices: np.ndarray,
+    placed: Rows,
+    layout: Layout,
+    *,
+    rows: int,
+    pad_id: int = 0,
+) -> dict[str, np.ndarray]:
+    """A packed batch.
+
+    Args:
+      encoded: the split.
+      indices: its examples, at most N.
+      placed: of each row, which of `indices` it holds, in order; of `fit`.
+      layout: row length T and most examples N.
+      rows: rows R, the last ones empty.
+      pad_id: token id of the padding.
+
+    Returns:
+      `input_ids`, `token_type_ids`, `position_ids` and `segment_ids` (R, T) int32: a segment is
+      an example of the batch, from 1, and 0 is padding. `first_tokens` (N,) int32, the place of
+      each example's first token in the rows laid end to end; `labels` (N,); `weights` (N,)
+      float32, 0 for the examples that a partial batch lacks.
+    """
+    length, count = layout.row_length, layout.examples
+    batch = {
+        "input_ids": np.full((rows, length), pad_id, np.int32),
+        "token_type_ids": np.zeros((rows, length), np.int32),
+        "position_ids": np.zeros((rows, length), np.int32),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "first_tokens": np.zeros(count, np.int32),
+        "labels": np.zeros(count, encoded.labels.dtype),
+        "weights": (np.arange(count) < len(indices)).astype(np.float32),
+    }
+    for row, members in enumerate(placed):
+        start = 0
+        for n in members:
+            ids = encoded.input_ids[indices[n]]
+            span = row, slice(start, start + len(ids))
+            batch["input_ids"][span] = ids
+            batch["token_type_ids"][span] = encoded.token_type_ids[indices[n]]
+            batch["position_ids"][span] = np.arange(len(ids))
+            batch["segment_ids"][span] = n + 1
+            batch["first_tokens"][n] = row * length + start
+            start += len(ids)
+    batch["labels"][: len(indices)] = encoded.labels[indices]
+    return batch
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The next multiple of a number.
+
+    >>> round_up(9, 8), round_up(8, 8)
+    (16, 8)
+    """
+    return -(-n // multiple) * multiple
+
+
+def at_least_one(**values: int) -> None:
+    """Refuses a count below 1.
+
+    Raises:
+      LoraxError: naming it.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise LoraxError(f"{name}={value} must be at least 1")
