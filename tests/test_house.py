@@ -11,14 +11,17 @@ MAY_IMPORT = {
     "errors": set(),
     "config": set(),
     "lock": BASICS,
+    "process": set(),
     "trial_id": BASICS,
     "tracking": BASICS,
     "lora": BASICS,
     "models": BASICS | {"lora"},
     "data": BASICS,
     "checkpoint": BASICS | {"lora"},
-    "train": BASICS | {"lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
-    "sweep": BASICS | {"lock", "trial_id", "tracking", "checkpoint", "lora", "data", "train"},
+    "train": BASICS
+    | {"process", "lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
+    "sweep": BASICS
+    | {"process", "lock", "trial_id", "tracking", "checkpoint", "lora", "data", "train"},
     "interop": BASICS | {"lora", "models"},
     "analysis": BASICS | {"lora"},
 }

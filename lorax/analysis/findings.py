@@ -44,7 +44,8 @@ def findings(groups: Sequence[Group]) -> list[Finding]:
             title = describe(variant[0], compared) or "Summary"
             tuned = [key for key in varying_keys(variant) if is_tuned(key)]
             sentences = (*_across_ranks(choices, tuned), *_references(choices, context))
-            found.append(Finding(title, (*sentences, *_halved(choices, variant))))
+            notes = (*_passed_over(choices, tuned), *_halved(choices, variant))
+            found.append(Finding(title, (*sentences, *notes)))
     return found or [Finding("Summary", ("No LoRA trial has finished.",))]
 
 
@@ -175,6 +176,24 @@ def _grid_edges(choices: Sequence[Choice]) -> list[str]:
     return [
         f"The best learning rate of {_ranks(edges)} is an end of the grid: a wider one might "
         "change the order."
+    ]
+
+
+def _passed_over(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
+    """Settings that were not chosen from, although the seeds left of them did better."""
+    better = [
+        group
+        for choice in choices
+        for group in choice.among
+        if group.trials and group.goodness() > choice.group.goodness()
+    ]
+    if not better:
+        return []
+    best = max(better, key=Group.goodness)
+    setting = describe(best, ["lora.rank", *tuned])
+    return [
+        "Settings with seeds that diverged or were cut are not chosen from, though those left did "
+        f"better in {len(better)} of them: {setting} has {_mean(best)} of {len(best.ended)}."
     ]
 
 

@@ -78,7 +78,8 @@ def best_table(groups: Sequence[Group]) -> Table | None:
     best = [choice.group for choice in choices]
     entries = [*_setting_entries(groups), entry, *_result_entries(best)]
     note = (
-        "Each row is the best of the settings tried for it, by mean dev metric: picked on the "
+        "Each row is the best of the settings tried for it all of whose seeds finished (or as "
+        "many as of any), by mean dev metric: picked on the "
         "scores it is reported with, so optimistic, the more so the more were tried."
     )
     return _build("Each rank at its own best setting", entries, best, (note, *_notes(best)))

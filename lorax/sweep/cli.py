@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
+from lorax.process import prepare_process
 from lorax.trial_id import trial_id
 
 T = TypeVar("T")
@@ -82,6 +83,7 @@ def at_the_door(call: Callable[[], T]) -> T:
     With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
     """
     quiet_libraries()
+    prepare_process()
     DOORS.add(os.getpid())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its faults, instead of printing them
     try:

@@ -88,6 +88,22 @@ def epoch_of(trial: TrialConfig) -> int:
     return -(-len(_dataset(trial).train) // trial.train.batch_size)
 
 
+def evaluations_of(trial: TrialConfig) -> int:
+    """How often a trial is evaluated: the last time at its end."""
+    every = trial.train.eval_every or epoch_of(trial)
+    return -(-steps_of(trial) // every)
+
+
+def evaluation_tokens(trial: TrialConfig) -> int:
+    """Tokens that an evaluation of a trial computes, padding included."""
+    dataset, total = _dataset(trial), 0
+    for encoded in dataset.dev.values():
+        size, length = trial.train.eval_batch_size, dataset.layout.row_length
+        layout, batches = data.eval_plan(encoded, size, length, dataset.multiple)
+        total += len(batches) * layout.rows[0] * length
+    return total
+
+
 def measure_probe(trial: TrialConfig) -> Probe:
     """Compile and time the step of one trial in the shape that most steps have.
 

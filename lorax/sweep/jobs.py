@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
+from lorax.process import prepare_process
 from lorax.sweep.cli import quiet_libraries
 from lorax.sweep.groups import group_for_jobs
 from lorax.sweep.pack import ended_result, is_open
@@ -50,6 +51,7 @@ class Job:
           JobFailed: any fault, in one line; its cause stands in the job's log.
         """
         _open_log()
+        prepare_process()
         try:
             os.chdir(self.directory)
             return run_packed(self.trials)

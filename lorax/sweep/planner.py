@@ -13,6 +13,8 @@ from lorax.sweep.cost import (
     Probe,
     Size,
     base_flops,
+    evaluation_tokens,
+    evaluations_of,
     measure_probe,
     memory_limit,
     pack_memory,
@@ -163,8 +165,11 @@ def _predicted(
     scale = (base + largest) / (base + probe.adapter_flops) if largest else 1.0
     per_step = len(sizes) * scale * probe.seconds_per_token * _tokens_per_step(trial)
     compile_seconds = probe.compile_seconds * len(shapes_of(trial))
+    # Of the products with frozen kernels a step does the forward's and as many backwards.
+    per_token = len(sizes) * scale * probe.seconds_per_token / 2
+    evaluating = evaluations_of(trial) * per_token * evaluation_tokens(trial)
     return facts | {
         "seconds_per_step": per_step,
         "compile_seconds": compile_seconds,
-        "seconds": per_step * steps_of(trial) + compile_seconds,
+        "seconds": per_step * steps_of(trial) + evaluating + compile_seconds,
     }

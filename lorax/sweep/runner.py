@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,10 +162,7 @@ def _train(leg: Leg) -> int | None:
         lanes = _open_lanes(leg, opened)
         write_record(pack)
         checkpoints = opened.enter_context(contextlib.closing(Checkpoints(pack.checkpoints)))
-        if leg.step:
-            log.info(
-                "pack %s goes on from step %d of %d", pack.name, leg.step, lanes[0].total_steps
-            )
+        _tell_start(leg, lanes[0].total_steps)
         try:
             engine = _engine(pack, leg.starts)
             leg.starts.clear()  # the engine's states are copies
@@ -177,6 +175,13 @@ def _train(leg: Leg) -> int | None:
             return engine.side if engine else 1
     _close(pack, measured=_measured(pack, engine, loop))
     return None
+
+
+def _tell_start(leg: Leg, total: int) -> None:
+    if leg.step:
+        log.info("pack %s goes on from step %d of %d", leg.pack.name, leg.step, total)
+    else:
+        log.info("pack %s: %d trials, %d steps", leg.pack.name, len(leg.trials), total)
 
 
 def _open_lanes(leg: Leg, opened: contextlib.ExitStack) -> list[Lane]:
@@ -214,8 +219,17 @@ def _loop(lanes: Sequence[Lane], engine: PackEngine, checkpoints: Checkpoints, s
         step=step,
         save=lambda loop: _save(loop, engine, checkpoints),
         end=lambda loop, lane: _end(loop, engine, lane),
-        judge=lambda loop: judge(loop, engine),
+        judge=lambda loop: _judge(loop, engine),
     )
+
+
+def _judge(loop: Loop, engine: PackEngine) -> None:
+    if not sys.stderr.isatty():  # where there is no progress bar
+        best = max(lane.best_so_far() for lane in loop.lanes)
+        metric, alive = loop.lanes[0].metric, len(loop.alive())
+        words = "step %d of %d: best %s %.4f, %d trials go on"
+        log.info(words, loop.step, loop.total_steps, metric, best, alive)
+    judge(loop, engine)
 
 
 def is_out_of_memory(fault: BaseException) -> bool:

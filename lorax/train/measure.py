@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorax.process import PREPARED
+
 KEEP_STEPS = 128
 _COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
 
@@ -205,6 +207,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
         "lorax": _version("lorax-flax"),
+        **PREPARED,
     }
 
 
