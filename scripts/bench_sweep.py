@@ -5,13 +5,14 @@
     python scripts/bench_sweep.py --growth 1,4,16,64
 
 The ways: `packed` (hydra/launcher=packed), `serial` (lorax_serial), `plain` (Hydra's own launcher,
-one trial after another in one process), `process` (one process a trial) and `peft` (one process a
-trial of scripts/peft_trial.py). All train the same ranks and seeds for as many steps of as many
-examples, and evaluate the dev split once, at the end. Two things differ: lorax draws batches of
-similar length and its head reads the mean over tokens; PEFT's users get random batches, padded to
-their longest, and the head of `AutoModelForSequenceClassification`.
+one trial after another in one process), `process` (one process a trial), `peft` (one process a
+trial of scripts/peft_trial.py) and `peft-malloc` (the same with the allocator settings that lorax
+gives itself). All train the same ranks and seeds for as many steps of as many random examples, and
+evaluate the dev split once, at the end. Two things differ: lorax packs several examples in a row
+and its head reads the mean over tokens; PEFT's users get batches padded to their longest, and the
+head of `AutoModelForSequenceClassification`.
 
-Each way starts fresh processes in a fresh directory, with JAX's persistent compilation cache off.
+Each way starts fresh processes in a fresh directory, and with an empty cache of compiled programs.
 Wall-clock is from the first process's start to the last one's end: imports, data, compilation,
 evaluation and saving are in it. `peak MB` is the largest resident size of any one process.
 
@@ -54,8 +55,16 @@ from peft_trial import (
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = {"packed": "packed", "serial": "lorax_serial", "plain": "basic"}
-WAYS = (*LAUNCHERS, "process", "peft")
-DEFAULT_WAYS = ("packed", "plain", "process", "peft")
+PEFT_WAYS = ("peft", "peft-malloc")
+WAYS = (*LAUNCHERS, "process", *PEFT_WAYS)
+DEFAULT_WAYS = ("packed", "plain", "process", "peft", "peft-malloc")
+# What lorax.process sets, as the environment says it.
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_ARENA_MAX": "1",
+}
 PACKAGES = {
     "lorax": ("jax", "flax", "hydra-core"),
     "peft": ("torch", "transformers", "peft", "accelerate"),
@@ -132,7 +141,7 @@ def commands(
       options: see `parse`.
       folder: where the results go.
     """
-    if way == "peft":
+    if way in PEFT_WAYS:
         return [peft_command(trial, options, folder) for trial in trials]
     module, shared = ["-m", "experiments.finetune"], lorax_words(options, folder)
     if way == "process":
@@ -199,13 +208,19 @@ def peft_command(trial: Trial, options: argparse.Namespace, folder: Path) -> lis
 # Measuring
 
 
-def run_process(command: Sequence[str], log: Path) -> Cost:
+def run_process(command: Sequence[str], log: Path, more: dict[str, str] | None = None) -> Cost:
     """Run `python <command>` to its end, its output in `<log>.out` and `<log>.err`.
+
+    Args:
+      command: what Python is given.
+      log: where its output goes, and beside it compiled programs.
+      more: variables of its environment.
 
     Raises:
       BenchError: it failed; the message ends with the last it said.
     """
     environment = {name: x for name, x in os.environ.items() if name != UNSET}
+    environment |= {"XDG_CACHE_HOME": str(log.parent / "cache"), **(more or {})}
     errors = log.with_suffix(".err")
     with log.with_suffix(".out").open("w") as out, errors.open("w") as err:
         start = time.perf_counter()
@@ -288,7 +303,8 @@ def measure(this: Measurement, options: argparse.Namespace) -> Record:
     lines = commands(this.way, this.grid, options, folder)
     try:
         start = time.perf_counter()
-        costs = [run_process(line, folder / f"process-{n}") for n, line in enumerate(lines)]
+        more = MALLOC if this.way == "peft-malloc" else {}
+        costs = [run_process(line, folder / f"process-{n}", more) for n, line in enumerate(lines)]
         wall = time.perf_counter() - start
         results = read_results(folder, len(this.grid))
     except BenchError as fault:
@@ -452,7 +468,15 @@ def settings_of(options: argparse.Namespace) -> Record:
     """What decides the figures, besides way and grid."""
     names = ("task", "steps", "lr", "batch_size", "overrides")
     chosen = {name: getattr(options, name) for name in names} | {"model": str(options.model)}
-    return {"settings": chosen, "machine": machine()}
+    chosen["data_dir"] = str(options.data_dir)
+    return {"settings": chosen, "machine": machine(), "revision": revision()}
+
+
+def revision() -> str | None:
+    """The clone's commit, with a mark where it was changed since; None outside of one."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def plan(options: argparse.Namespace) -> Iterator[Measurement]:
@@ -475,8 +499,8 @@ def check(options: argparse.Namespace, ways: Sequence[str]) -> None:
     """
     if fault := missing(options):
         raise BenchError(fault)
-    needed = [] if set(ways) == {"peft"} else [*PACKAGES["lorax"]]
-    needed += PACKAGES["peft"] if "peft" in ways else []
+    needed = [] if set(ways) <= set(PEFT_WAYS) else [*PACKAGES["lorax"]]
+    needed += PACKAGES["peft"] if set(ways) & set(PEFT_WAYS) else []
     if absent := [name for name in needed if installed(name) is None]:
         raise BenchError(f"{absent[0]} is not installed: make .venv, or leave out its way")
 

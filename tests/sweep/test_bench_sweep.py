@@ -60,7 +60,9 @@ def launcher_of(command):
     return [word for word in command if word.startswith("hydra/launcher=")]
 
 
-@pytest.mark.parametrize("way", [way for way in bench_sweep.WAYS if way != "peft"])
+@pytest.mark.parametrize(
+    "way", [way for way in bench_sweep.WAYS if way not in bench_sweep.PEFT_WAYS]
+)
 def test_every_way_of_lorax_runs_the_same_trials(way, options, tmp_path):
     lines = bench_sweep.commands(way, GRID, options, tmp_path / "results")
     trials = [trial for line in lines for trial in composed(without_launcher(line))]

@@ -1,0 +1,202 @@
+"""Times one training step of the default encoder by lorax and by PEFT, side by side.
+
+    python scripts/bench_step.py
+    python scripts/bench_step.py --lengths 64 --precisions fp32 --steps 40
+
+LoRA r = 8 on query and value, a batch of 32 examples of T tokens each, no dropout, AdamW. Each
+measurement is a process of its own: lorax as its entry points set themselves up, PEFT as its users
+run it and once more with the same settings of the allocator. A step is all of it: forward,
+gradient, clipping, update; the median of `--steps` after three that do not count.
+
+`of the matmul rate` is the share of the rate that products of this precision reach by themselves in
+the same process, counting the products that LoRA needs: forward, and back to activations; none for
+frozen kernels.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+BATCH, RANK, ALPHA, WARM_UP = 32, 8, 16.0, 3
+# What lorax.process sets, as the environment says it.
+MALLOC = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": str(2**28),
+    "MALLOC_ARENA_MAX": "1",
+}
+WAYS: dict[str, dict[str, str]] = {"lorax": {}, "peft": {}, "peft, allocator": MALLOC}
+COLUMNS = ("precision", "T", "PEFT, ms", "with allocator, ms", "lorax, ms", "times PEFT's best")
+MORE = ("of the matmul rate", "peak, PEFT MB", "peak, lorax MB")
+
+
+def timed(step: Callable[[], Any], steps: int) -> float:
+    """The median seconds of a step."""
+    seconds = []
+    for _ in range(WARM_UP + steps):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def lorax_step(precision: str, length: int, steps: int) -> dict[str, float]:
+    """Seconds of a step, and the share of the matmul rate."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from lorax import data
+    from lorax.config import ModelConfig, TrainConfig, TrialConfig
+    from lorax.process import prepare_process
+    from lorax.train.engine import Solo
+    from lorax.train.measure import peak_rss
+    from lorax.train.setup import hyper_of, prepare
+    from lorax.train.step import init_state
+
+    prepare_process()
+    jax.config.update("jax_enable_compilation_cache", False)
+    half = {"precision": "bf16", "base_dtype": "bf16"} if precision == "bf16" else {}
+    trial = TrialConfig(model=ModelConfig(dropout=0.0), train=TrainConfig(batch_size=BATCH, **half))
+    setup, hyper = prepare(trial), hyper_of(trial)
+    engine = Solo(setup, init_state(setup.trainable, hyper, setup.dropout_key))
+    ids = list(np.random.default_rng(0).integers(1000, 30000, (BATCH, length)).astype(np.int32))
+    encoded = data.Encoded(ids, [0 * x for x in ids], np.arange(BATCH, dtype=np.int32) % 2)
+    rows = [[n] for n in range(BATCH)]
+    layout = data.Layout(length, (BATCH,), BATCH)
+    batch = data.collate(encoded, np.arange(BATCH), rows, layout, rows=BATCH)
+    seconds = timed(lambda: engine.read(engine.step([hyper], [batch])), steps)
+    base = setup.frozen.params["base"]["encoder"]["layers"]
+    kernels = [x for x in jax.tree.leaves(base) if x.ndim == 2]
+    flops = 4 * BATCH * length * sum(x.size for x in kernels)
+    dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
+    return {
+        "seconds": seconds,
+        "share": flops / seconds / matmul_rate(dtype, BATCH * length, steps),
+        "peak": peak_rss(),
+    }
+
+
+def matmul_rate(dtype: Any, rows: int, steps: int) -> float:
+    """FLOP/s of products like the encoder's MLP, float32 out."""
+    import jax
+    import jax.numpy as jnp
+
+    x, up = jnp.ones((rows, 384), dtype), jnp.ones((384, 1536), dtype)
+
+    @jax.jit
+    def product(x: jax.Array, up: jax.Array) -> jax.Array:
+        return jnp.matmul(x, up, preferred_element_type=jnp.float32)
+
+    seconds = timed(lambda: product(x, up).block_until_ready(), 10 * steps)
+    return 2 * rows * 384 * 1536 / seconds
+
+
+def peft_step(precision: str, length: int, steps: int) -> dict[str, float]:
+    """Seconds of a step in PyTorch: bf16 is its autocast."""
+    import resource
+
+    import numpy as np
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    from lorax.models import resolve_source
+
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        resolve_source("assets/minilm"),
+        num_labels=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    lora = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, target_modules=["query", "value"]
+    )
+    model = get_peft_model(base, lora).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1000, 30000, (BATCH, length)))
+    labels, mask = torch.arange(BATCH) % 2, torch.ones_like(ids)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = timed(step, steps)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def measure(way: str, precision: str, length: int, steps: int) -> dict[str, float]:
+    """A measurement in a process of its own."""
+    words = ["--one", way.partition(",")[0], precision, str(length), "--steps", str(steps)]
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__)), *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **WAYS[way]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {way}, {precision}, T={length} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(precision: str, length: int, steps: int) -> list[str]:
+    """A line of the table; the ways in turn."""
+    found = {way: measure(way, precision, length, steps) for way in WAYS}
+    ours, theirs, tuned = (found[way] for way in ("lorax", "peft", "peft, allocator"))
+    best = min(theirs["seconds"], tuned["seconds"])
+    return [
+        precision,
+        str(length),
+        *(f"{1e3 * x['seconds']:.0f}" for x in (theirs, tuned, ours)),
+        f"{best / ours['seconds']:.2f}",
+        f"{ours['share']:.0%}",
+        *(f"{x['peak'] / 1e6:.0f}" for x in (theirs, ours)),
+    ]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", default="16,64,128")
+    parser.add_argument("--precisions", default="fp32,bf16")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--one", nargs=3, metavar=("WAY", "PRECISION", "T"), help="a single one")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse()
+    if options.one:
+        way, precision, length = options.one
+        step = lorax_step if way == "lorax" else peft_step
+        print(json.dumps(step(precision, int(length), options.steps)))
+        return 0
+    columns = (*COLUMNS, *MORE)
+    for line in (columns, ["---"] * len(columns)):
+        print("| " + " | ".join(line) + " |")
+    for precision in options.precisions.split(","):
+        for length in map(int, options.lengths.split(",")):
+            line = row(precision, length, options.steps)
+            print("| " + " | ".join(line) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
