@@ -64,8 +64,10 @@ def lorax_step(precision: str, length: int, steps: int) -> dict[str, float]:
 
     prepare_process()
     jax.config.update("jax_enable_compilation_cache", False)
-    half = {"precision": "bf16", "base_dtype": "bf16"} if precision == "bf16" else {}
-    trial = TrialConfig(model=ModelConfig(dropout=0.0), train=TrainConfig(batch_size=BATCH, **half))
+    trial = TrialConfig(
+        model=ModelConfig(dropout=0.0),
+        train=TrainConfig(batch_size=BATCH, precision=precision, base_dtype=precision),
+    )
     setup, hyper = prepare(trial), hyper_of(trial)
     engine = Solo(setup, init_state(setup.trainable, hyper, setup.dropout_key))
     ids = list(np.random.default_rng(0).integers(1000, 30000, (BATCH, length)).astype(np.int32))
