@@ -26,7 +26,7 @@ from lorax.process import prepare_process
 
 prepare_process()
 def slow(x):
-    for n in range(300):
+    for n in range(100):
         x = jnp.sin(x) @ x + n
     return x
 jax.jit(slow)(jnp.ones((4, 4))).block_until_ready()

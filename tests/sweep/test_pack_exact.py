@@ -216,7 +216,7 @@ UNLIKE = [
             {
                 "lora": {"dropout": 0.2},
                 "model": {"dropout": 0.1},
-                "train": {"batch_size": 4, "max_shapes": 4},
+                "train": {"batch_size": 4, "max_shapes": 2},
             },
             id="dropout in several shapes",
         ),
