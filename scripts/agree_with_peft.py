@@ -44,7 +44,15 @@ from lorax.train import check_trial, run_trial
 from lorax.train.evaluation import predict_all
 from lorax.train.metrics import evaluate
 from lorax.train.schedule import lr_factor
-from lorax.train.setup import Dataset, Setup, hyper_of, load_dataset, prepare
+from lorax.train.setup import (
+    Dataset,
+    Setup,
+    epoch_steps,
+    hyper_of,
+    load_dataset,
+    prepare,
+    total_steps,
+)
 from lorax.train.step import State, init_state, train_step
 
 FIRST = 50
@@ -77,7 +85,7 @@ def batches(config: Trial, dataset: Dataset) -> Iterator[np.ndarray]:
     """The examples of each step of the whole trial, in lorax's order."""
     size, count = config.train.batch_size, len(dataset.train)
     for step in range(total_steps(config, dataset)):
-        epoch, position = divmod(step, steps_per_epoch(config, dataset))
+        epoch, position = divmod(step, epoch_steps(config, dataset))
         if position == 0:
             order = data.train_batches(count, size, seed=config.seed, epoch=epoch)
         yield order[position]
@@ -88,16 +96,6 @@ def batch_for(name: str, dataset: Dataset, indices: np.ndarray) -> dict[str, np.
     if name == "peft":
         return data.pad(dataset.train, indices, dataset.pad_id)
     return data.collate_alike(dataset.train, [indices], dataset.layout, pad_id=dataset.pad_id)[0]
-
-
-def steps_per_epoch(config: Trial, dataset: Dataset) -> int:
-    """Optimizer steps in one pass over the training split."""
-    return -(-len(dataset.train) // config.train.batch_size)
-
-
-def total_steps(config: Trial, dataset: Dataset) -> int:
-    """Optimizer steps of the trial."""
-    return config.train.max_steps or config.train.epochs * steps_per_epoch(config, dataset)
 
 
 class LoraxTrainer:
@@ -210,7 +208,7 @@ def train_by_peft(config: Trial) -> Record:
         began = time.perf_counter()
         trainer.step(batch_for("peft", dataset, indices))
         seconds.append(time.perf_counter() - began)
-        if step % steps_per_epoch(config, dataset) == 0 or step == steps:
+        if step % epoch_steps(config, dataset) == 0 or step == steps:
             outputs = trainer.predict(dataset, encoded, config.train.eval_batch_size)
             points.append(evaluate(task.metrics, task.kind, outputs, labels))
     return {

@@ -24,15 +24,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench_sweep import MALLOC
+
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, RANK, ALPHA, WARM_UP = 32, 8, 16.0, 3
-# What lorax.process sets, as the environment says it.
-MALLOC = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": str(2**28),
-    "MALLOC_ARENA_MAX": "1",
-}
 WAYS: dict[str, dict[str, str]] = {"lorax": {}, "peft": {}, "peft, allocator": MALLOC}
 COLUMNS = ("precision", "T", "PEFT, ms", "with allocator, ms", "lorax, ms", "times PEFT's best")
 MORE = ("of the matmul rate", "peak, PEFT MB", "peak, lorax MB")

@@ -2,8 +2,11 @@
 
 import dataclasses
 import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,21 @@ class World:
         process = self.start("-m", "experiments.finetune", *overrides, **environment)
         out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def kill_when(self, process: subprocess.Popen, is_time: Callable[[], Any]) -> None:
+        """Stop a process as soon as `is_time`; kill it if it still is: stopped, it cannot go on."""
+        try:
+            while process.poll() is None:
+                if is_time():
+                    process.send_signal(signal.SIGSTOP)
+                    if is_time():
+                        break
+                    process.send_signal(signal.SIGCONT)
+                time.sleep(0.0005)
+        finally:
+            process.kill()
+            said = "".join(process.communicate())
+        assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said[-2000:]}"
 
 
 @pytest.fixture(scope="session")

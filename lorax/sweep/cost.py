@@ -14,7 +14,7 @@ from lorax.config import TrialConfig
 from lorax.lora.paths import leaves_by_path
 from lorax.sweep.engine import PackEngine, mesh_of
 from lorax.train.measure import compile_cost
-from lorax.train.setup import Dataset, hyper_of, load_dataset, prepare
+from lorax.train.setup import Dataset, epoch_steps, hyper_of, load_dataset, prepare, total_steps
 from lorax.train.step import init_state, train_step
 
 GIB = 2**30
@@ -80,12 +80,12 @@ def tokens_of(trial: TrialConfig, rows: int) -> int:
 
 def steps_of(trial: TrialConfig) -> int:
     """Optimizer steps of a trial."""
-    return trial.train.max_steps or trial.train.epochs * epoch_of(trial)
+    return total_steps(trial, _dataset(trial))
 
 
 def epoch_of(trial: TrialConfig) -> int:
     """Optimizer steps of an epoch."""
-    return -(-len(_dataset(trial).train) // trial.train.batch_size)
+    return epoch_steps(trial, _dataset(trial))
 
 
 def evaluations_of(trial: TrialConfig) -> int:

@@ -13,7 +13,7 @@ from lorax.tracking import Tracker
 from lorax.train.measure import Meter
 from lorax.train.optimizer import Hyper
 from lorax.train.schedule import lr_factor
-from lorax.train.setup import Dataset, Setup, hyper_of
+from lorax.train.setup import Dataset, Setup, epoch_steps, hyper_of, total_steps
 
 
 @dataclass
@@ -70,13 +70,12 @@ class Lane:
     @property
     def batches_per_epoch(self) -> int:
         """Optimizer steps in one pass over the training split."""
-        return math.ceil(len(self.dataset.train) / self.config.train.batch_size)
+        return epoch_steps(self.config, self.dataset)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole trial."""
-        train = self.config.train
-        return train.max_steps or train.epochs * self.batches_per_epoch
+        return total_steps(self.config, self.dataset)
 
     @property
     def metric(self) -> str:

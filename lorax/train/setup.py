@@ -1,6 +1,7 @@
 """From a trial's config to its arrays: data, model, adapter, and what is trained."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -155,6 +156,17 @@ def _load_splits(
     train = read("train", config.max_train_samples)
     dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
     return task, train, dev, _pad_id(tokenizer, source, revision)
+
+
+def epoch_steps(config: TrialConfig, dataset: Dataset) -> int:
+    """Optimizer steps in one pass over the training split."""
+    return math.ceil(len(dataset.train) / config.train.batch_size)
+
+
+def total_steps(config: TrialConfig, dataset: Dataset) -> int:
+    """Optimizer steps of a whole trial."""
+    train = config.train
+    return train.max_steps or train.epochs * epoch_steps(config, dataset)
 
 
 def _pad_id(tokenizer: Any, source: str, revision: str | None) -> int:

@@ -3,7 +3,6 @@
 import json
 import pickle
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -207,29 +206,13 @@ POLLED = [
 ]
 
 
-def kill_when(process, is_time):
-    """Stop the process as soon as `is_time`; kill it if it still is: stopped, it cannot go on."""
-    try:
-        while process.poll() is None:
-            if is_time():
-                process.send_signal(signal.SIGSTOP)
-                if is_time():
-                    break
-                process.send_signal(signal.SIGCONT)
-            time.sleep(0.0005)
-    finally:
-        process.kill()
-        said = "".join(process.communicate())
-    assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said[-2000:]}"
-
-
 def test_the_command_killed_from_outside_ends_with_the_same_bits(world, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     done = world.finetune(*world.overrides(whole, *COMMAND))
     assert done.returncode == 0, done.stderr
     command = "-m", "experiments.finetune", *world.overrides(cut, *COMMAND)
     for is_time in POLLED:
-        kill_when(world.start(*command), partial(is_time, cut))
+        world.kill_when(world.start(*command), partial(is_time, cut))
     done = world.finetune(*world.overrides(cut, *COMMAND))
     assert (done.returncode, done.stderr) == (0, "")
     assert "goes on from step 20 of 20" in done.stdout

@@ -1,8 +1,6 @@
 """SIGKILL at several moments of `python -m experiments.finetune`, and the same command again."""
 
 import json
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -56,22 +54,6 @@ MOMENTS = {
 }
 
 
-def kill_when(process, is_time):
-    """Stop the process as soon as `is_time`; kill it if it still is: stopped, it cannot go on."""
-    try:
-        while process.poll() is None:
-            if is_time():
-                process.send_signal(signal.SIGSTOP)
-                if is_time():
-                    break
-                process.send_signal(signal.SIGCONT)
-            time.sleep(0.0005)
-    finally:
-        process.kill()
-        _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {err[-2000:]}"
-
-
 def outcome(root):
     directory = trial_of(root)
     result = json.loads((directory / "result.json").read_text())
@@ -97,7 +79,7 @@ def test_killed_at_every_kind_of_moment_it_ends_with_the_same_numbers(
 ):
     command = "-m", "experiments.finetune", *world.overrides(tmp_path, *OVERRIDES)
     for moment, is_time in MOMENTS.items():
-        kill_when(world.start(*command), lambda is_time=is_time: is_time(tmp_path))
+        world.kill_when(world.start(*command), lambda is_time=is_time: is_time(tmp_path))
         assert not (trial_of(tmp_path) / "result.json").exists(), moment
     done = world.finetune(*world.overrides(tmp_path, *OVERRIDES))
     assert done.returncode == 0, done.stderr
