@@ -224,12 +224,12 @@ def _loop(lanes: Sequence[Lane], engine: PackEngine, checkpoints: Checkpoints, s
 
 
 def _judge(loop: Loop, engine: PackEngine) -> None:
+    judge(loop, engine)
     if not sys.stderr.isatty():  # where there is no progress bar
         best = max(lane.best_so_far() for lane in loop.lanes)
         metric, alive = loop.lanes[0].metric, len(loop.alive())
         words = "step %d of %d: best %s %.4f, %d trials go on"
         log.info(words, loop.step, loop.total_steps, metric, best, alive)
-    judge(loop, engine)
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
