@@ -106,7 +106,10 @@ class TrainConfig:
       precision: `fp32` or `bf16` compute; the trainable part and the optimizer stay fp32. On a
         GPU or TPU `fp32` products follow `jax_default_matmul_precision`, which is JAX's own
         default unless you set it.
-      base_dtype: storage of the frozen base, `fp32` or `bf16`.
+      base_dtype: storage of the frozen base: `fp32`, `bf16`, or `int8` or `nf4` (4 bits) for the
+        kernels of its layers and `precision` for the rest.
+      remat: keep the inputs of layers alone, and compute each once more in the backward pass:
+        less memory, more time, the same numbers.
       max_shapes: most shapes of packed batches that the step is compiled for.
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
         sweep over ranks; exact (the padding never receives a gradient). None: no padding.
@@ -126,6 +129,7 @@ class TrainConfig:
     eval_batch_size: int = 64
     precision: str = "fp32"
     base_dtype: str = "fp32"
+    remat: bool = False
     max_shapes: int = 4
     pad_rank: int | None = None
     checkpoint_every: int | None = None

@@ -67,8 +67,12 @@ def cache_dir() -> Path:
     """`~/.cache/lorax/programs/<jaxlib and machine>`: programs hold for one kind of both."""
     import jaxlib
 
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "lorax" / "programs" / f"jaxlib-{jaxlib.__version__}-{_machine()}"
+    return cache_root() / "programs" / f"jaxlib-{jaxlib.__version__}-{_machine()}"
+
+
+def cache_root() -> Path:
+    """`~/.cache/lorax`, where all that may be made anew is kept; `$XDG_CACHE_HOME` is respected."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorax"
 
 
 def _machine() -> str:

@@ -71,6 +71,7 @@ def lorax_step(precision: str, length: int, steps: int) -> dict[str, float]:
     layout = data.Layout(length, (BATCH,), BATCH)
     batch = data.collate(encoded, np.arange(BATCH), rows, layout, rows=BATCH)
     seconds = timed(lambda: engine.read(engine.step([hyper], [batch])), steps)
+    peak = peak_rss()
     base = setup.frozen.params["base"]["encoder"]["layers"]
     kernels = [x for x in jax.tree.leaves(base) if x.ndim == 2]
     flops = 4 * BATCH * length * sum(x.size for x in kernels)
@@ -78,7 +79,7 @@ def lorax_step(precision: str, length: int, steps: int) -> dict[str, float]:
     return {
         "seconds": seconds,
         "share": flops / seconds / matmul_rate(dtype, BATCH * length, steps),
-        "peak": peak_rss(),
+        "peak": peak,
     }
 
 

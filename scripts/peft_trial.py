@@ -1,11 +1,13 @@
 """One LoRA trial on a GLUE task by PEFT, PyTorch and transformers, as their users run it.
 
     python scripts/peft_trial.py --task cola --rank 8 --seed 0 --steps 100 --out outputs/peft
+    python scripts/peft_trial.py --task rte --epochs 1 --group-by-length
 
 `transformers.Trainer` has its defaults apart from what `arguments` names. The base's own dropout is
 off, as in lorax's default encoder; the head is the one of `AutoModelForSequenceClassification`.
 Neither JAX nor lorax is imported, since PEFT's users would not wait for them. `<out>` gets
-`adapter/` and `result.json`, which names the metrics as lorax's own does.
+`adapter/` and `result.json`, which names the metrics as lorax's own does; `examples_per_second` is
+the Trainer's own figure, of its training steps alone.
 """
 
 import argparse
@@ -27,18 +29,23 @@ WEIGHTS = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 class Task(NamedTuple):
-    """Where a task's columns are, and how it is scored; `matthews` is scikit-learn's."""
+    """Where a task's columns are, and how it is scored; `matthews` is scikit-learn's.
+
+    `labels` are the classes as the file writes them, in order.
+    """
 
     folder: str
     header_lines: int
     label: int
     texts: tuple[int, ...]
     metrics: tuple[str, ...]
+    labels: tuple[str, ...] = ("0", "1")
 
 
 TASKS = {
     "cola": Task("CoLA", 0, 1, (3,), ("matthews", "accuracy")),
     "mrpc": Task("MRPC", 1, 0, (3, 4), ("accuracy", "f1")),
+    "rte": Task("RTE", 1, 3, (1, 2), ("accuracy",), ("entailment", "not_entailment")),
 }
 
 
@@ -75,7 +82,7 @@ def read_split(task: str, path: Path) -> Split:
     lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")[kind.header_lines :]
     rows = [line.split("\t") for line in lines]
     texts = [[row[column] for row in rows] for column in kind.texts]
-    return Split(texts, [int(row[kind.label]) for row in rows])
+    return Split(texts, [kind.labels.index(row[kind.label]) for row in rows])
 
 
 def build_model(folder: Path, rank: int) -> Any:
@@ -100,11 +107,15 @@ def arguments(options: argparse.Namespace) -> Any:
     """The Trainer's arguments, wherever they are not its defaults."""
     from transformers import TrainingArguments
 
+    more: dict[str, Any] = {"max_steps": options.steps}
+    if options.epochs is not None:
+        more = {"num_train_epochs": options.epochs}
+    if options.group_by_length:
+        more["train_sampling_strategy"] = "group_by_length"
     return TrainingArguments(
         output_dir=str(options.out),
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=EVAL_BATCH_SIZE,
-        max_steps=options.steps,
         learning_rate=options.lr,
         lr_scheduler_type="linear",
         warmup_steps=WARMUP_RATIO,  # below 1 it is a share of all steps
@@ -114,6 +125,7 @@ def arguments(options: argparse.Namespace) -> Any:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **more,
     )
 
 
@@ -169,6 +181,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "step": trainer.state.global_step,
             "metrics": {name: dev[f"eval_{name}"] for name in (*metrics, "loss")},
         },
+        "examples": len(trainer.train_dataset),
+        "examples_per_second": trained.metrics["train_samples_per_second"],
+        "seconds_steps": trained.metrics["train_runtime"],
         "train_loss": trained.training_loss,
         "train_losses": [x["loss"] for x in trainer.state.log_history if "loss" in x],
         **seconds,
@@ -192,7 +207,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", default="cola", choices=TASKS)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=100)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=100)
+    length.add_argument("--epochs", type=int, help="passes over the training split, not --steps")
+    parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/glue"))

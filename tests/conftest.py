@@ -103,6 +103,14 @@ class World:
         assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said[-2000:]}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tokens_apart(tmp_path_factory):
+    """Tests leave no tokens in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAX_TOKEN_CACHE", str(tmp_path_factory.mktemp("tokens")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")

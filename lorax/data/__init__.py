@@ -7,6 +7,7 @@ from lorax.data.load import load_split
 from lorax.data.packing import Layout, choose_layout, collate, collate_alike, fit
 from lorax.data.shuffle import permutation, subsample
 from lorax.data.tasks import TASKS, Task, get_task
+from lorax.data.token_cache import encode_cached, token_dir
 from lorax.data.tokenize import Encoded, encode, load_tokenizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "collate",
     "collate_alike",
     "encode",
+    "encode_cached",
     "eval_plan",
     "find_asset",
     "fit",
@@ -28,5 +30,6 @@ __all__ = [
     "pad",
     "permutation",
     "subsample",
+    "token_dir",
     "train_batches",
 ]

@@ -179,7 +179,8 @@ def _check_layer(layer: Any, axes: str, branch: Branch) -> None:
             "which adapt cannot see into; use lorax.merge"
         )
     rules = LoraSpec(kernel_axes={branch.path: axes})
-    check_fit({branch.path: kernel[...]}, {branch.path: {"a": branch.a, "b": branch.b}}, rules)
+    shaped = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)  # the kernel may be quantized
+    check_fit({branch.path: shaped}, {branch.path: {"a": branch.a, "b": branch.b}}, rules)
 
 
 def layer_axes(layer: Any, path: str) -> str:

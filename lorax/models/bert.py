@@ -5,10 +5,9 @@ N sequences (B of them, or more when several share a row), C outputs of the head
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any, Literal, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +15,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
+from lorax.models.attention import attend
+from lorax.models.dense import Dense
+from lorax.models.functions import dropout, gelu
 
 POOLINGS = ("mean", "cls", "pooler")
 ATTENTIONS = ("einsum", "xla", "cudnn")
-
-
-@jax.checkpoint
-def gelu(u: jax.Array) -> jax.Array:
-    """Exact GELU; by erf, since the erfc of `jax.nn.gelu` takes several passes on a CPU.
-
-    The backward pass keeps `u` alone, which cuts a training step's temporaries by a sixth.
-    """
-    u_f32 = u.astype(jnp.float32)
-    return (0.5 * u_f32 * (1 + jax.lax.erf(u_f32 * math.sqrt(0.5)))).astype(u.dtype)
 
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
@@ -112,49 +104,6 @@ class BertConfig:
         return self.max_position_embeddings - self.first_position
 
 
-def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
-    """Inverted dropout with a key from the stream `dropout`; the identity without `rngs`."""
-    if rngs is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(rngs.dropout(), 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
-
-
-def attend(
-    q_BxTxHxK: jax.Array,
-    k_BxSxHxK: jax.Array,
-    v_BxSxHxK: jax.Array,
-    mask_BxTxS: jax.Array,
-    *,
-    implementation: str = "einsum",
-    dropout_rate: float = 0.0,
-    rngs: nnx.Rngs | None = None,
-) -> jax.Array:
-    """Softmax attention over the tokens where the mask is True; softmax in float32.
-
-    A token that attends to none gets a finite value (the mean of `v`).
-
-    Returns:
-      Array of q's shape and dtype.
-    """
-    mask_Bx1xTxS = mask_BxTxS[:, None]
-    if implementation != "einsum":
-        return jax.nn.dot_product_attention(
-            q_BxTxHxK,
-            k_BxSxHxK,
-            v_BxSxHxK,
-            mask=mask_Bx1xTxS,
-            implementation=cast(Literal["xla", "cudnn"], implementation),
-        )
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxHxK, k_BxSxHxK, v_BxSxHxK))
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    logits_BxHxTxS = einsum("bhtk,bhsk->bhts", q, k) * (q.shape[-1] ** -0.5)
-    logits_BxHxTxS = jnp.where(mask_Bx1xTxS, logits_BxHxTxS, jnp.finfo(jnp.float32).min)
-    probs_BxHxTxS = dropout(jax.nn.softmax(logits_BxHxTxS).astype(q.dtype), dropout_rate, rngs)
-    out_BxHxTxK = einsum("bhts,bhsk->bhtk", probs_BxHxTxS, v).astype(q.dtype)
-    return jnp.swapaxes(out_BxHxTxK, 1, 2)
-
-
 _kernel_init = nnx.initializers.normal(0.02)
 
 
@@ -175,23 +124,16 @@ class LayerNorm(nnx.Module):
         return (x * scale + bias).astype(self.dtype)
 
 
-def _product_dtype(dtype: DTypeLike) -> DTypeLike:
-    """On a CPU a bfloat16 product that comes out in bfloat16 runs at a third of the rate."""
-    return jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else jnp.dtype(dtype)
-
-
 class _Factory:
     """Makes the layers of one encoder: they share initialisers, dtypes and the rng."""
 
     def __init__(self, config: BertConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs):
         # One spelling of a dtype, so that graph definitions compare equal.
         dtype, param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
-        self.dtype = dtype
         self.linear = functools.partial(
-            nnx.Linear,
+            Dense,
             dtype=dtype,
             param_dtype=param_dtype,
-            preferred_element_type=_product_dtype(dtype),
             kernel_init=_kernel_init,
             rngs=rngs,
         )
@@ -253,7 +195,7 @@ class Attention(nnx.Module):
     """Multi-head self-attention with its residual connection and post-norm."""
 
     def __init__(self, config: BertConfig, implementation: str, make: _Factory):
-        self.config, self.implementation, self.dtype = config, implementation, make.dtype
+        self.config, self.implementation = config, implementation
         width = config.hidden_size
         self.query = make.linear(width, width)
         self.key = make.linear(width, width)
@@ -279,7 +221,7 @@ class Attention(nnx.Module):
 
     def _split(self, x_BxTxD: jax.Array) -> jax.Array:
         heads = self.config.num_attention_heads
-        return x_BxTxD.reshape(*x_BxTxD.shape[:2], heads, -1).astype(self.dtype)
+        return x_BxTxD.reshape(*x_BxTxD.shape[:2], heads, -1)
 
 
 class Mlp(nnx.Module):
@@ -326,6 +268,7 @@ class Encoder(nnx.Module):
         cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
       dtype: of matrix products and activations; LayerNorm statistics and softmax are float32.
       param_dtype: of the stored parameters.
+      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
       rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
 
     Raises:
@@ -339,6 +282,7 @@ class Encoder(nnx.Module):
         attention: str = "einsum",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
         if attention not in ATTENTIONS:
@@ -349,7 +293,7 @@ class Encoder(nnx.Module):
                 "set model.dropout=0 or model.attention=einsum"
             )
         make = _Factory(config, dtype, param_dtype, rngs)
-        self.config = config
+        self.config, self.remat = config, remat
         self.embeddings = Embeddings(config, make)
         self.layers = nnx.List(
             [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
@@ -382,8 +326,9 @@ class Encoder(nnx.Module):
         """
         x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, position_ids_BxT, rngs)
         mask_BxTxS = _attended(attention_mask_BxT)
+        call = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
         for layer in self.layers:
-            x_BxTxD = layer(x_BxTxD, mask_BxTxS, rngs)
+            x_BxTxD = call(layer, x_BxTxD, mask_BxTxS, rngs)
         return x_BxTxD
 
 
@@ -457,6 +402,7 @@ class SequenceClassifier(nnx.Module):
       attention: see `Encoder`.
       dtype: compute dtype of the encoder; the head computes in float32.
       param_dtype: storage of the encoder's parameters; the head's are float32.
+      remat: see `Encoder`.
       rngs: draws the parameters.
     """
 
@@ -469,10 +415,16 @@ class SequenceClassifier(nnx.Module):
         attention: str = "einsum",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
         rngs: nnx.Rngs,
     ):
         self.encoder = Encoder(
-            config, attention=attention, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            config,
+            attention=attention,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+            rngs=rngs,
         )
         self.head = Head(config, num_outputs, pooling=pooling, rngs=rngs)
 

@@ -1,6 +1,7 @@
 """From a `ModelConfig` to a model: its config, its abstract shape, its weights."""
 
 import dataclasses
+import re
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from lorax.errors import LoraxError
 from lorax.models.bert import BertConfig, Head, SequenceClassifier
 from lorax.models.convert import convert
 from lorax.models.hub import load_checkpoint, read_json, resolve_source
+from lorax.models.quantization import quantize
 
 
 def load_config(model: ModelConfig) -> BertConfig:
@@ -43,6 +45,7 @@ def abstract_model(
     *,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
 ) -> SequenceClassifier:
     """The model with `jax.ShapeDtypeStruct`s for parameters: no weights are read or allocated.
 
@@ -53,6 +56,7 @@ def abstract_model(
       num_outputs: classes, or 1 for a regression.
       dtype: compute dtype of the encoder.
       param_dtype: storage of the encoder's parameters.
+      remat: compute layers again in the backward pass rather than keep what is in them.
 
     Raises:
       LoraxError: as `load_config`, or an unknown `pooling` or `attention`.
@@ -66,6 +70,7 @@ def abstract_model(
             attention=model.attention,
             dtype=dtype,
             param_dtype=param_dtype,
+            remat=remat,
             rngs=nnx.Rngs(0),
         )
     )
@@ -78,6 +83,8 @@ def load_model(
     key: jax.Array,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
+    quantized: str | None = None,
+    remat: bool = False,
     on_host: bool = False,
 ) -> SequenceClassifier:
     """The model with the checkpoint's weights.
@@ -94,6 +101,8 @@ def load_model(
       key: draws the fresh head.
       dtype: compute dtype of the encoder.
       param_dtype: storage of the encoder's parameters; the head's stay float32.
+      quantized: `int8` or `nf4` for the kernels of the encoder's layers; None: `param_dtype`.
+      remat: as in `abstract_model`.
       on_host: leave the weights as NumPy arrays, to be cut over several devices.
 
     Raises:
@@ -105,6 +114,8 @@ def load_model(
         num_outputs,
         jnp.dtype(dtype),
         jnp.dtype(param_dtype),
+        quantized,
+        remat,
         on_host,
         tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))),
     )
@@ -121,6 +132,8 @@ class _Request(NamedTuple):
     num_outputs: int
     dtype: Any
     param_dtype: Any
+    quantized: str | None
+    remat: bool
     on_host: bool
     files: tuple[tuple[str, int], ...]
 
@@ -129,8 +142,13 @@ class _Request(NamedTuple):
 def _load(request: _Request) -> tuple[Any, BertConfig, dict[str, Any]]:
     """(graph definition, architecture, the checkpoint's arrays); all trials share the arrays."""
     model = ModelConfig(**dict(request.model))
-    dtypes = {"dtype": request.dtype, "param_dtype": request.param_dtype}
-    abstract = abstract_model(model, request.num_outputs, **dtypes)
+    abstract = abstract_model(
+        model,
+        request.num_outputs,
+        dtype=request.dtype,
+        param_dtype=request.param_dtype,
+        remat=request.remat,
+    )
     graphdef, state = nnx.split(abstract)
     wanted = _flatten(nnx.to_pure_dict(state))
     config = abstract.encoder.config
@@ -139,8 +157,14 @@ def _load(request: _Request) -> tuple[Any, BertConfig, dict[str, Any]]:
         loaded = convert(tensors, wanted, config.model_type, load_head=model.pooling == "pooler")
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
+    return graphdef, config, {p: _stored(p, x, wanted[p], request) for p, x in loaded.items()}
+
+
+def _stored(path: str, x: np.ndarray, wanted: Any, request: _Request) -> Any:
     place = np.asarray if request.on_host else jnp.asarray
-    return graphdef, config, {p: place(x, wanted[p].dtype) for p, x in loaded.items()}
+    if request.quantized and re.fullmatch(r"encoder\.layers\..+\.kernel", path):
+        return jax.tree.map(place, quantize(x, request.quantized))
+    return place(x, wanted.dtype)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

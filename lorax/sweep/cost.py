@@ -163,7 +163,13 @@ def trial_memory(trial: TrialConfig) -> int:
     state = init_state(setup.trainable, hyper, setup.dropout_key)
     batch = dummy_batch(trial, max(shapes_of(trial)))
     parts = state, setup.frozen, hyper, batch
-    cost, _ = compile_cost(train_step, setup.program, *parts, is_trained=False)
+    cost, _ = compile_cost(
+        train_step,
+        setup.program,
+        *parts,
+        is_trained=False,
+        keeps_barriers=setup.program.saves_memory,
+    )
     return cost.memory_bytes
 
 

@@ -104,6 +104,7 @@ class PackEngine:
                 *self._arguments(hypers, batches),
                 lanes=lanes,
                 is_trained=is_trained,
+                keeps_barriers=packed.program.saves_memory,
             )
             self._programs[key] = cost, program, packed.side_by_side
         cost, _, self.side = self._programs[key]

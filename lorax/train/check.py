@@ -6,10 +6,12 @@ from typing import Any
 from lorax.config import TrialConfig
 from lorax.data import get_task
 from lorax.errors import LoraxError
+from lorax.models.quantization import KINDS
 from lorax.train.schedule import SCHEDULES
 
 MODES = ("lora", "full", "head")
 PRECISIONS = ("fp32", "bf16")
+BASE_DTYPES = (*PRECISIONS, *KINDS)
 TRACKERS = ("jsonl", "wandb", "none")
 
 
@@ -25,7 +27,7 @@ def check_config(config: TrialConfig) -> None:
     train, optimizer = config.train, config.optimizer
     _one_of("train.mode", train.mode, MODES)
     _one_of("train.precision", train.precision, PRECISIONS)
-    _one_of("train.base_dtype", train.base_dtype, PRECISIONS)
+    _one_of("train.base_dtype", train.base_dtype, BASE_DTYPES)
     _one_of("optimizer.schedule", optimizer.schedule, SCHEDULES)
     _one_of("tracking.kind", config.tracking.kind, TRACKERS)
     for name in ("epochs", "batch_size", "grad_accum", "eval_batch_size", "max_shapes",
@@ -43,7 +45,14 @@ def check_config(config: TrialConfig) -> None:
             f"train.batch_size={train.batch_size}"
         )
     if train.mode == "full" and train.base_dtype != "fp32":
-        raise LoraxError("train.base_dtype=bf16 is for a frozen base; train.mode=full needs fp32")
+        raise LoraxError(
+            f"train.base_dtype={train.base_dtype} is for a frozen base; train.mode=full needs fp32"
+        )
+    if train.base_dtype in KINDS and config.sweep.mesh.fsdp > 1:
+        raise LoraxError(
+            f"train.base_dtype={train.base_dtype} is not served on sweep.mesh.fsdp="
+            f"{config.sweep.mesh.fsdp}, which cuts kernels: take bf16, or fsdp=1"
+        )
     _check_optimizer(config)
 
 

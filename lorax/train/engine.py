@@ -56,7 +56,10 @@ class Solo:
         is_new = shape not in self._programs
         if is_new:
             arguments = self._arguments(hypers, batches)
-            self._programs[shape] = compile_cost(train_step, self.setup.program, *arguments)
+            program = self.setup.program
+            self._programs[shape] = compile_cost(
+                train_step, program, *arguments, keeps_barriers=program.saves_memory
+            )
         return self._programs[shape][0], is_new
 
     def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from lorax.process import PREPARED
+from lorax.train.compiler import compiler_options
 
 KEEP_STEPS = 128
 _COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
@@ -118,7 +119,11 @@ class Meter:
 
 
 def compile_cost(
-    jitted: Any, *args: Any, lanes: float = 1, is_trained: bool = True
+    jitted: Any,
+    *args: Any,
+    lanes: float = 1,
+    is_trained: bool = True,
+    keeps_barriers: bool = False,
 ) -> tuple[StepCost, Any]:
     """Compile for the arguments' shapes, once a process.
 
@@ -129,6 +134,7 @@ def compile_cost(
       jitted: a jitted function that is made once a process.
       *args: its arguments.
       lanes: how many lanes' steps the program's FLOPs are counted for.
+      keeps_barriers: see `compiler_options`.
       is_trained: False for who only plans, and is told in any case.
 
     Returns:
@@ -138,7 +144,7 @@ def compile_cost(
     key = jitted, jax.tree.structure(args), *_numerics(), *shapes
     if key not in _COMPILED:
         start = time.perf_counter()
-        compiled = jitted.lower(*args).compile()
+        compiled = jitted.lower(*args).compile(compiler_options(keeps_barriers))
         seconds = time.perf_counter() - start
         flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
         _COMPILED[key] = StepCost(seconds, float(flops) / lanes, program_bytes(compiled)), compiled

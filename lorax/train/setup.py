@@ -15,7 +15,8 @@ from lorax import data
 from lorax.config import LoraConfig, ModelConfig, TaskConfig, TrialConfig
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, count_params, init, mask_of, pad, resolve, split, trainable_mask
-from lorax.models import abstract_model, load_config, load_model, resolve_source
+from lorax.models import KINDS, abstract_model, load_config, load_model, resolve_source
+from lorax.process import cache_root
 from lorax.train.check import check_config
 from lorax.train.optimizer import Hyper
 from lorax.train.step import Frozen, Program
@@ -147,11 +148,14 @@ def _load_splits(
 ) -> tuple[data.Task, data.Encoded, dict[str, data.Encoded], int]:
     config = TaskConfig(**dict(task_items))
     task = data.get_task(config.name)
-    tokenizer = data.load_tokenizer(resolve_source(source, revision))
+    base = resolve_source(source, revision)
+    tokenizer = data.load_tokenizer(base)
+    content = (base / "tokenizer.json").read_bytes()
+    folder = data.token_dir(cache_root())
 
     def read(split_name: str, limit: int | None) -> data.Encoded:
-        examples = data.load_split(task, split_name, config.data_dir)
-        return data.encode(tokenizer, data.subsample(examples, limit), config.max_length)
+        examples = data.subsample(data.load_split(task, split_name, config.data_dir), limit)
+        return data.encode_cached(tokenizer, content, examples, config.max_length, folder)
 
     train = read("train", config.max_train_samples)
     dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
@@ -181,12 +185,15 @@ def _pad_id(tokenizer: Any, source: str, revision: str | None) -> int:
 
 
 def _load_model(config: TrialConfig, key: jax.Array) -> Any:
+    base_dtype = config.train.base_dtype
     return load_model(
         config.model,
         data.get_task(config.task.name).num_outputs,
         key=key,
         dtype=DTYPES[config.train.precision],
-        param_dtype=DTYPES[config.train.base_dtype],
+        param_dtype=DTYPES.get(base_dtype, DTYPES[config.train.precision]),
+        remat=config.train.remat,
+        quantized=base_dtype if base_dtype in KINDS else None,
         on_host=config.sweep.mesh.fsdp > 1,  # no device may be large enough for it
     )
 
@@ -213,7 +220,8 @@ def prepare(config: TrialConfig) -> Setup:
     base = nnx.to_pure_dict(state)
     mode = config.train.mode
     spec = spec_of(config.lora) if mode == "lora" else None
-    lora = init(lora_key, base, spec) if spec else {}
+    shapes, _ = _shapes(_items(config.model), task.num_outputs)  # a quantized base has others
+    lora = init(lora_key, shapes, spec) if spec else {}
     adapter_params = count_params(lora)
     if spec and train.pad_rank:
         lora = pad(lora, train.pad_rank)
@@ -227,8 +235,9 @@ def prepare(config: TrialConfig) -> Setup:
         lora_dropout=spec.dropout if spec else 0.0,
         model_dropout=_has_dropout(model),
         grad_accum=train.grad_accum,
+        saves_memory=train.remat or train.base_dtype in KINDS,
     )
-    counts = _counts(base, adapter_params, mode)
+    counts = _counts(shapes, adapter_params, mode)
     return Setup(program, trainable, Frozen(frozen, scales), spec, counts, dropout_key)
 
 

@@ -32,6 +32,7 @@ class Program:
       lora_dropout: rate on the input of A.
       model_dropout: whether the model's own dropout is on in training.
       grad_accum: micro-batches a step.
+      saves_memory: layers or their weights are computed again in the backward pass.
     """
 
     graphdef: Any
@@ -39,6 +40,7 @@ class Program:
     lora_dropout: float = 0.0
     model_dropout: bool = False
     grad_accum: int = 1
+    saves_memory: bool = False
 
 
 class State(NamedTuple):

@@ -117,6 +117,9 @@ def test_peft_reads_what_lorax_reads(tmp_path):
     write(tmp_path / "CoLA.tsv", 'gj04\t1\t\tA "quoted text .\nks08\t0\t*\tMe like it \n')
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
     write(tmp_path / "MRPC.tsv", f'{header}1\t7\t8\tOne .\tTwo .\n0\t9\t8\t"A\tB\n')
+    header = "index\tsentence1\tsentence2\tlabel\n"
+    rows = "0\tOne .\tTwo .\tnot_entailment\n1\tA\tB\tentailment\n"
+    write(tmp_path / "RTE.tsv", header + rows)
     for name, task in peft_trial.TASKS.items():
         path = tmp_path / f"{task.folder}.tsv"
         theirs, ours = peft_trial.read_split(name, path), read_tsv(TASKS[name], path)

