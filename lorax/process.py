@@ -1,4 +1,4 @@
-"""What an entry point sets for its whole process: the allocator, and kept programs."""
+"""What an entry point sets for its whole process: the allocator, the queue, kept programs."""
 
 import ctypes
 import hashlib
@@ -26,6 +26,7 @@ def prepare_process() -> None:
     programs = keep_programs()
     PREPARED["keeps_freed_memory"] = keep_freed_memory()
     PREPARED["keeps_programs"] = programs is not None
+    PREPARED["runs_a_step_at_a_time"] = run_a_step_at_a_time()
     log.info("freed memory is kept: %(keeps_freed_memory)s", PREPARED)
     log.info("compiled programs are kept: %s", programs or "no, or as JAX is told")
 
@@ -44,6 +45,21 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return min(mallopt(name, value) for name, value in MALLOPT.values()) == 1
+
+
+def run_a_step_at_a_time() -> bool:
+    """Have a CPU's programs run when they are called, where JAX knows the option; whether it does.
+
+    Otherwise a step may start before the memory of the one before it, or of several, is free:
+    peaks are then up to four times as high, and nothing is faster where steps keep all cores busy.
+    """
+    import jax
+
+    try:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+    except AttributeError:
+        return False
+    return True
 
 
 def keep_programs() -> Path | None:

@@ -43,19 +43,44 @@ def timed(step: Callable[[], Any], steps: int) -> float:
     return statistics.median(seconds[WARM_UP:])
 
 
+class Step:
+    """A trial's step on examples of one length each, an example a row."""
+
+    def __init__(self, trial: Any, length: int):
+        import numpy as np
+
+        from lorax import data
+        from lorax.train.engine import Solo
+        from lorax.train.setup import hyper_of, prepare
+        from lorax.train.step import init_state
+
+        self.setup, self.hyper = prepare(trial), hyper_of(trial)
+        state = init_state(self.setup.trainable, self.hyper, self.setup.dropout_key)
+        self.engine, examples = Solo(self.setup, state), trial.train.batch_size
+        draw = np.random.default_rng(0).integers(1000, 30000, (examples, length), np.int32)
+        labels = np.arange(examples, dtype=np.int32) % 2
+        encoded = data.Encoded(list(draw), [0 * x for x in draw], labels)
+        rows, layout = [[n] for n in range(examples)], data.Layout(length, (examples,), examples)
+        self.batch = data.collate(encoded, np.arange(examples), rows, layout, rows=examples)
+
+    def __call__(self) -> None:
+        """One step, waited for."""
+        self.engine.read(self.engine.step([self.hyper], [self.batch]))
+
+    @property
+    def memory(self) -> int:
+        """Bytes, as XLA plans it."""
+        return self.engine.compile([self.hyper], [self.batch])[0].memory_bytes
+
+
 def lorax_step(precision: str, length: int, steps: int) -> dict[str, float]:
     """Seconds of a step, and the share of the matmul rate."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from lorax import data
     from lorax.config import ModelConfig, TrainConfig, TrialConfig
     from lorax.process import prepare_process
-    from lorax.train.engine import Solo
     from lorax.train.measure import peak_rss
-    from lorax.train.setup import hyper_of, prepare
-    from lorax.train.step import init_state
 
     prepare_process()
     jax.config.update("jax_enable_compilation_cache", False)
@@ -63,16 +88,9 @@ def lorax_step(precision: str, length: int, steps: int) -> dict[str, float]:
         model=ModelConfig(dropout=0.0),
         train=TrainConfig(batch_size=BATCH, precision=precision, base_dtype=precision),
     )
-    setup, hyper = prepare(trial), hyper_of(trial)
-    engine = Solo(setup, init_state(setup.trainable, hyper, setup.dropout_key))
-    ids = list(np.random.default_rng(0).integers(1000, 30000, (BATCH, length)).astype(np.int32))
-    encoded = data.Encoded(ids, [0 * x for x in ids], np.arange(BATCH, dtype=np.int32) % 2)
-    rows = [[n] for n in range(BATCH)]
-    layout = data.Layout(length, (BATCH,), BATCH)
-    batch = data.collate(encoded, np.arange(BATCH), rows, layout, rows=BATCH)
-    seconds = timed(lambda: engine.read(engine.step([hyper], [batch])), steps)
-    peak = peak_rss()
-    base = setup.frozen.params["base"]["encoder"]["layers"]
+    step = Step(trial, length)
+    seconds, peak = timed(step, steps), peak_rss()
+    base = step.setup.frozen.params["base"]["encoder"]["layers"]
     kernels = [x for x in jax.tree.leaves(base) if x.ndim == 2]
     flops = 4 * BATCH * length * sum(x.size for x in kernels)
     dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32

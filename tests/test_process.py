@@ -65,3 +65,20 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
     assert run(COMPILE, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == [
         str(tmp_path / "mine")
     ]
+
+
+def test_steps_wait_for_one_another():
+    code = """
+import jax
+from lorax.process import PREPARED, prepare_process
+
+prepare_process()
+print(PREPARED["runs_a_step_at_a_time"])
+x = jax.numpy.ones((1500, 1500))
+product = jax.jit(lambda x: x @ x @ x)
+product(x)
+print(product(x).is_ready())
+"""
+    known, is_ready = run(code)
+    assert known == "True"
+    assert is_ready == "True"

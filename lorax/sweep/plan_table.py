@@ -46,7 +46,7 @@ def print_plan(trials: Sequence[TrialConfig]) -> None:
     trials = checked(trials)
     groups = [[trials[n] for n in group] for group in group_trials(trials)]
     packs = [pack for group in groups for pack in plan_packs(group, with_times=True)]
-    print(table([_row(pack) for pack in packs]))
+    print(table(COLUMNS, [_row(pack) for pack in packs]))
     limit = memory_limit(trials[0]) / GIB
     print(f"{len(trials)} trials in {len(packs)} packs; memory limit {limit:.1f} GiB")
     if reason := why_apart(trials):
@@ -54,10 +54,10 @@ def print_plan(trials: Sequence[TrialConfig]) -> None:
     sys.stdout.flush()
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows under `COLUMNS`, in Markdown."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(COLUMNS))]
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Rows under columns, in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    widths = [max(len(line[n]) for line in lines) for n in range(len(columns))]
     return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines

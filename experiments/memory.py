@@ -1,0 +1,29 @@
+"""What a training step holds in memory, by kind, beside full fine-tuning and cheaper bases.
+
+    python -m experiments.memory task=mrpc lora.rank=8
+    python -m experiments.memory model=roberta-large train.precision=bf16 train.batch_size=8
+
+Arguments are the overrides of experiments.finetune. Sizes are those of the arrays and of XLA's
+plan for the step in its largest batch shape; nothing is trained. A process needs some more: the
+libraries, and what the compiler itself took.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from hydra import compose, initialize_config_module
+
+from lorax.sweep import at_the_door, config_of
+from lorax.sweep.memory import alternatives, memory_of, memory_table
+
+
+def main(overrides: Sequence[str]) -> None:
+    """Print the table."""
+    with initialize_config_module("conf", version_base=None):
+        trial = config_of(compose("finetune", list(overrides)))
+    found = {name: memory_of(other) for name, other in alternatives(trial).items()}
+    print(memory_table(found))
+
+
+if __name__ == "__main__":
+    at_the_door(lambda: main(sys.argv[1:]))

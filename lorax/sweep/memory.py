@@ -1,0 +1,99 @@
+"""What a training step holds in memory, by kind, beside full fine-tuning and cheaper bases."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
+
+import jax
+
+from lorax.config import TrialConfig
+from lorax.sweep.cost import dummy_batch, shapes_of
+from lorax.sweep.plan_table import table
+from lorax.train.measure import compile_cost
+from lorax.train.setup import check_trial, hyper_of, prepare
+from lorax.train.step import init_state, train_step
+
+MEGA = 1e6
+CHEAPER: Mapping[str, Mapping[str, Any]] = {
+    "train.base_dtype=bf16": {"base_dtype": "bf16"},
+    "train.base_dtype=int8": {"base_dtype": "int8"},
+    "train.base_dtype=nf4": {"base_dtype": "nf4"},
+    "train.remat=true": {"remat": True},
+    "nf4, bf16 compute and remat": {"base_dtype": "nf4", "precision": "bf16", "remat": True},
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training step in its largest shape.
+
+    Attributes:
+      base: frozen weights.
+      trained: adapter and head; all weights in full fine-tuning.
+      optimizer: its state.
+      batch: tokens and labels.
+      temporary: activations and gradients, as XLA plans to hold them at once.
+    """
+
+    base: int
+    trained: int
+    optimizer: int
+    batch: int
+    temporary: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(astuple(self))
+
+
+def memory_of(trial: TrialConfig) -> Memory:
+    """The memory of a trial's step: sizes of its arrays, and XLA's plan of the compiled step.
+
+    Nothing is trained.
+
+    Raises:
+      LoraxError: as `lorax.train.setup.check_trial`.
+    """
+    check_trial(trial)
+    setup, hyper = prepare(trial), hyper_of(trial)
+    state = init_state(setup.trainable, hyper, setup.dropout_key)
+    batch = dummy_batch(trial, max(shapes_of(trial)))
+    parts = setup.program, state, setup.frozen, hyper, batch
+    keeps_barriers = setup.program.saves_memory
+    cost, _ = compile_cost(train_step, *parts, is_trained=False, keeps_barriers=keeps_barriers)
+    base, trained, optimizer, tokens = map(
+        _bytes, (setup.frozen, state.trainable, state.opt_state, batch)
+    )
+    temporary = cost.memory_bytes - base - trained - optimizer - tokens
+    return Memory(base, trained, optimizer, tokens, max(0, temporary))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def alternatives(trial: TrialConfig) -> dict[str, TrialConfig]:
+    """The trial beside full fine-tuning, and with each setting that lowers memory."""
+    full = replace(trial.train, mode="full", base_dtype="fp32", pad_rank=None)
+    found = {"full fine-tuning": replace(trial, train=full)}
+    if trial.train.mode == "full":
+        return found
+    found["as asked"] = trial
+    for name, changes in CHEAPER.items():
+        train = replace(trial.train, **changes)
+        if train != trial.train:
+            found[f"with {name}"] = replace(trial, train=train)
+    return found
+
+
+def memory_table(found: Mapping[str, Memory]) -> str:
+    """Megabytes by kind, in Markdown; the last column is the first row's total over each."""
+    most = next(iter(found.values())).total
+    columns = ("MB", *(field.name for field in fields(Memory)), "total", "times less")
+    return table(columns, [_row(name, memory, most) for name, memory in found.items()])
+
+
+def _row(name: str, memory: Memory, most: int) -> Sequence[str]:
+    sizes = (*astuple(memory), memory.total)
+    return name, *(f"{size / MEGA:.1f}" for size in sizes), f"{most / memory.total:.1f}"
