@@ -21,6 +21,7 @@ def main(overrides: Sequence[str]) -> None:
     """Print the table."""
     with initialize_config_module("conf", version_base=None):
         trial = config_of(compose("finetune", list(overrides)))
+    memory_of(trial)  # first, for what may be wrong with it
     found = {name: memory_of(other) for name, other in alternatives(trial).items()}
     print(memory_table(found))
 

@@ -48,13 +48,17 @@ def keep_freed_memory() -> bool:
 
 
 def run_a_step_at_a_time() -> bool:
-    """Have a CPU's programs run when they are called, where JAX knows the option; whether it does.
+    """Have a CPU's programs run when they are called; whether that was asked for.
+
+    Not where the environment says something about it, or JAX does not know the option.
 
     Otherwise a step may start before the memory of the one before it, or of several, is free:
     peaks are then up to four times as high, and nothing is faster where steps keep all cores busy.
     """
     import jax
 
+    if "JAX_CPU_ENABLE_ASYNC_DISPATCH" in os.environ:
+        return False
     try:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     except AttributeError:

@@ -7,10 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lorax.config import LoraConfig, TrialConfig
+from lorax.config import LoraConfig, TrainConfig, TrialConfig
 
 ELSEWHERE = ("tracking", "sweep", "output_dir")
 NEVER_COUNT = ("checkpoint_every", "keep_checkpoints")
+NEW = ("remat",)  # fields of `train` that older trials do not know: at their default, not in a name
 
 
 def trial_id(config: TrialConfig) -> str:
@@ -27,6 +28,9 @@ def trial_id(config: TrialConfig) -> str:
         del content[name]
     for name in NEVER_COUNT:
         del content["train"][name]
+    for name in NEW:
+        if content["train"][name] == getattr(TrainConfig(), name):
+            del content["train"][name]
     if config.train.mode != "lora":
         content["lora"] = dataclasses.asdict(LoraConfig())
         content["train"]["pad_rank"] = None

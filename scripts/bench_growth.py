@@ -87,19 +87,20 @@ def draw(points: Sequence[Point], path: Path) -> None:
             ):
                 panel = axes[row][column]
                 if axis in OF_THE_ADAPTER and mode == "full":
-                    panel.axhline(heights[0], color=color, ls="--", label="full fine-tuning")
+                    panel.axhline(heights[0], color=color, ls="--")
                     continue
                 label = "LoRA" if mode == "lora" else "full fine-tuning"
                 places = [values.index(p.value) for p in own]
                 panel.plot(places, heights, "o-", color=color, label=label)
-                panel.set_ylim(bottom=0)
                 panel.spines[["top", "right"]].set_visible(False)
                 panel.grid(axis="y", alpha=0.3)
+        for panel in axes[:, column]:
+            panel.set_ylim(0, 1.05 * panel.get_ylim()[1])
         axes[1][column].set_xticks(range(len(values)), list(map(str, values)))
         axes[1][column].set_xlabel("tokens an example" if axis == "tokens" else axis)
     axes[0][0].set_ylabel("a step, ms")
     axes[1][0].set_ylabel("memory, MB")
-    axes[0][0].legend(frameon=False)
+    axes[0][1].legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

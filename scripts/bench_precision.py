@@ -13,6 +13,7 @@ error.
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def trials(way: str, options: argparse.Namespace) -> list[Any]:
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train every seed; losses (seeds, steps), dev scores (seeds,), and the base."""
+    from lorax.errors import LoraxError
     from lorax.sweep import run_packed
     from lorax.trial_id import trial_dir
 
@@ -67,6 +69,8 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
         losses.append([r["loss"] for r in records if r["kind"] == "train"])
         result = json.loads((folder / "result.json").read_text())
+        if result["status"] != "finished":
+            raise LoraxError(f"{folder} is {result['status']}: {result['reason']}; lower --lr")
         scores.append(100 * result["last"]["metrics"][result["metric"]])
     return {"losses": np.array(losses), "scores": np.array(scores), **base_of(chosen[0])}
 
@@ -129,12 +133,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=lambda text: [int(x) for x in text.split(",")], default=[0])
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench-precision"))
+    parser.add_argument("--out", type=Path, help="finished trials in it are not run again")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    options.out = options.out or Path(tempfile.mkdtemp(prefix="bench-precision-"))
     from lorax.errors import LoraxError
     from lorax.process import prepare_process
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -24,6 +25,8 @@ from lorax.data.tokenize import Encoded, encode
 log = logging.getLogger(__name__)
 FORMAT = 1  # to raise when `encode` gives other tokens for the same texts, or the file changes
 MOST_BYTES = 2 * 2**30
+OURS = re.compile(r"tokens-[0-9a-f]{64}(\.npz|-.+\.partial)")
+OFF = ("off", "false", "no", "none", "0")
 
 
 def token_dir(home: Path) -> Path | None:
@@ -34,7 +37,7 @@ def token_dir(home: Path) -> Path | None:
         before.
     """
     named = os.environ.get("LORAX_TOKEN_CACHE")
-    if named == "off":
+    if named is not None and named.lower() in OFF:
         return None
     return Path(named).expanduser() if named else home / "tokens"
 
@@ -150,7 +153,8 @@ def _narrow(arrays: list[np.ndarray]) -> np.ndarray:
 def _drop_old(folder: Path) -> None:
     """Delete what was not used for longest beyond `MOST_BYTES`, killed writers' files too."""
     with contextlib.suppress(OSError):  # another process deletes, or may do so alone
-        found = [(path.stat(), path) for path in folder.glob("tokens-*")]
+        ours = [path for path in folder.glob("tokens-*") if OURS.fullmatch(path.name)]
+        found = [(path.stat(), path) for path in ours]
         newest_first = sorted(found, key=lambda entry: entry[0].st_mtime_ns, reverse=True)
         sizes = accumulate(stat.st_size for stat, _ in newest_first)
         for total, (_, path) in zip(sizes, newest_first, strict=True):

@@ -37,8 +37,32 @@ def down(x: jax.Array, branch: Branch) -> jax.Array:
 
 def up(h: jax.Array, branch: Branch, out_shape: tuple[int, ...]) -> jax.Array:
     """Scale * B h: (..., r) -> (..., *out_shape)."""
-    y = jnp.einsum("...r,or->...o", h, (branch.b * branch.scale).astype(h.dtype))
+    y = _times(h, (branch.b * branch.scale).astype(h.dtype))
     return y.reshape(*y.shape[:-1], *out_shape)
+
+
+@jax.custom_vjp
+def _times(h: jax.Array, b: jax.Array) -> jax.Array:
+    """B h: (..., r) -> (..., o).
+
+    JAX's own gradient of B multiplies by the outputs' gradient turned over, which XLA then copies
+    on a CPU: as much memory as the layer's outputs. Here the few columns of h are turned instead.
+    """
+    return jnp.einsum("...r,or->...o", h, b)
+
+
+def _times_forward(h: jax.Array, b: jax.Array) -> Any:
+    return _times(h, b), (h, b)
+
+
+def _times_backward(kept: Any, grad: jax.Array) -> Any:
+    h, b = kept
+    rows_h, rows_grad = h.reshape(-1, h.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    b_grad = jax.lax.dot_general(rows_h, rows_grad, (((0,), (0,)), ((), ())))
+    return jnp.einsum("...o,or->...r", grad, b), b_grad.T
+
+
+_times.defvjp(_times_forward, _times_backward)
 
 
 def embed(ids: jax.Array, branch: Branch, dtype: Any) -> jax.Array:

@@ -29,7 +29,7 @@ def attend(
 ) -> jax.Array:
     """Softmax attention over the tokens where the mask is True; softmax in float32.
 
-    A token that attends to none gets a finite value (the mean of `v`).
+    A token that attends to none gets a finite value (the mean of `v`), and its gradient.
 
     Returns:
       Array of q's shape and dtype.

@@ -101,7 +101,8 @@ def load_model(
       key: draws the fresh head.
       dtype: compute dtype of the encoder.
       param_dtype: storage of the encoder's parameters; the head's stay float32.
-      quantized: `int8` or `nf4` for the kernels of the encoder's layers; None: `param_dtype`.
+      quantized: `int8` or `nf4` for the kernels of the encoder's layers; None: `param_dtype`. For
+        `lorax.init` take the shapes of `abstract_model`: a quantized kernel is two arrays.
       remat: as in `abstract_model`.
       on_host: leave the weights as NumPy arrays, to be cut over several devices.
 

@@ -13,6 +13,8 @@ import numpy as np
 from jax.tree_util import DictKey
 from jax.typing import DTypeLike
 
+from lorax.errors import LoraxError
+
 KINDS = ("int8", "nf4")
 BLOCK = 64  # inputs that share a scale in nf4 (Dettmers et al. 2023, section 3)
 # The sixteen values of NormalFloat4 (Dettmers et al. 2023, appendix E).
@@ -76,12 +78,20 @@ def quantize(kernel: Any, kind: str) -> Quantized:
     weights alone). `nf4` scales each block of 64 inputs of an output by its largest weight and
     takes the nearest of 16 values (Dettmers et al. 2023, section 3), without quantizing scales.
 
+    Raises:
+      LoraxError: an unknown kind, or a kernel that is no matrix.
+
     >>> kernel = np.linspace(-1, 1, 128, dtype=np.float32).reshape(64, 2)
     >>> small = quantize(kernel, "nf4")
     >>> small.codes.shape, small.scales.shape, bool(abs(dequantize(small) - kernel).max() < 0.16)
     ((32, 2), (1, 2), True)
     """
     kernel_IxO = np.asarray(kernel, np.float32)
+    if kind not in KINDS or kernel_IxO.ndim != 2:
+        raise LoraxError(
+            f"a kernel of shape {kernel_IxO.shape} as {kind!r}: only matrices are quantized, to "
+            f"{' or '.join(KINDS)}"
+        )
     if kind == "int8":
         scales_1xO = np.abs(kernel_IxO).max(0, keepdims=True) / 127
         codes_IxO = np.rint(kernel_IxO / _not_zero(scales_1xO)).astype(np.int8)

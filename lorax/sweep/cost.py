@@ -14,7 +14,15 @@ from lorax.config import TrialConfig
 from lorax.lora.paths import leaves_by_path
 from lorax.sweep.engine import PackEngine, mesh_of
 from lorax.train.measure import compile_cost
-from lorax.train.setup import Dataset, epoch_steps, hyper_of, load_dataset, prepare, total_steps
+from lorax.train.setup import (
+    Dataset,
+    epoch_steps,
+    frozen_shapes,
+    hyper_of,
+    load_dataset,
+    prepare,
+    total_steps,
+)
 from lorax.train.step import init_state, train_step
 
 GIB = 2**30
@@ -64,7 +72,7 @@ def _size_of(trial: TrialConfig) -> Size:
 
 def base_flops(trial: TrialConfig) -> float:
     """FLOPs a token in the frozen base's products: forward, and back to activations."""
-    leaves = leaves_by_path(prepare(trial).frozen.params["base"])
+    leaves = leaves_by_path(frozen_shapes(trial))
     return 4.0 * sum(leaf.size for path, leaf in leaves.items() if path.endswith(".kernel"))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from lorax.config import TrialConfig
+from lorax.config import MeshConfig, TrialConfig
+from lorax.errors import LoraxError
 from lorax.sweep.cost import dummy_batch, shapes_of
 from lorax.sweep.plan_table import table
 from lorax.train.measure import compile_cost
@@ -53,8 +54,10 @@ def memory_of(trial: TrialConfig) -> Memory:
     Nothing is trained.
 
     Raises:
-      LoraxError: as `lorax.train.setup.check_trial`.
+      LoraxError: as `lorax.train.setup.check_trial`; a mesh.
     """
+    if trial.sweep.mesh != MeshConfig():
+        raise LoraxError("the memory table is of a step on one device: leave sweep.mesh out")
     check_trial(trial)
     setup, hyper = prepare(trial), hyper_of(trial)
     state = init_state(setup.trainable, hyper, setup.dropout_key)

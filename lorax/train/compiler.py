@@ -1,9 +1,11 @@
 """What XLA is told when it compiles a step."""
 
+import logging
 from functools import cache
 
 import jax
 
+log = logging.getLogger(__name__)
 Options = dict[str, str | bool]
 # On a CPU, XLA of jaxlib 0.10 gathers products and what surrounds them into large graphs of its
 # library YNNPACK, which compute much twice. Products alone go there instead.
@@ -21,9 +23,14 @@ def compiler_options(keeps_barriers: bool = False) -> Options:
     """
     if jax.default_backend() != "cpu":
         return {}
-    options = CPU | CPU_BARRIERS if keeps_barriers else CPU
+    wanted = [CPU, CPU_BARRIERS] if keeps_barriers else [CPU]
+    return {name: value for part in wanted if _is_known(part) for name, value in part.items()}
+
+
+def _is_known(options: Options) -> bool:
     try:
         jax.jit(lambda: 0).lower().compile(options)
-    except Exception:  # an XLA of another version: the error's type is not documented
-        return {}
-    return options
+    except Exception as fault:  # an XLA of another version: the error's type is not documented
+        log.warning("XLA does not take %s: %s", options, str(fault).splitlines()[0])
+        return False
+    return True

@@ -55,7 +55,8 @@ def _save_adapter(path: Path, lane: Lane) -> int:
     if spec:
         ranks = {target: spec.rank_of(target) for target in trained["lora"]}
         trained = {**trained, "lora": unpad(trained["lora"], ranks)}
-    about = {"base": dataclasses.asdict(lane.config.model), "best": lane.progress.best}
+    stored = {name: getattr(lane.config.train, name) for name in ("precision", "base_dtype")}
+    about = {"base": dataclasses.asdict(lane.config.model), **stored, "best": lane.progress.best}
     return save_adapter(path, trained, spec, about)
 
 

@@ -121,6 +121,17 @@ def _shapes(model: tuple[tuple[str, Any], ...], outputs: int) -> tuple[Any, int]
     return nnx.to_pure_dict(nnx.state(abstract)), abstract.encoder.config.max_length
 
 
+def frozen_shapes(config: TrialConfig) -> Any:
+    """Shapes of the base's frozen weights, as they are when not quantized; None elsewhere."""
+    outputs = data.get_task(config.task.name).num_outputs
+    base, _ = _shapes(_items(config.model), outputs)
+    if config.train.mode == "lora":
+        mask = mask_of(base, (HEAD,))
+    else:
+        mask = _mask_without_lora({"base": base}, config.train.mode)["base"]
+    return split(base, mask)[1]
+
+
 def load_dataset(config: TrialConfig) -> Dataset:
     """The task in the model's tokens; kept, so that a sweep tokenizes once."""
     train, mesh = config.train, config.sweep.mesh

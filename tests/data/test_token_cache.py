@@ -334,15 +334,16 @@ def test_those_unused_for_longest_go(tmp_path, monkeypatch):
     def path(n):
         return tmp_path / f"tokens-{key_of(content(), split(n), 24)}.npz"
 
-    (tmp_path / "notes.txt").write_text("not ours")
+    not_ours = tmp_path / "tokens-mine.bin"
+    not_ours.write_bytes(bytes(10_000))
+    os.utime(not_ours, (0, 0))
     for n in range(4):
         tokens(split(n), tmp_path)
         os.utime(path(n), (n, n))
-    partial = tmp_path / "tokens-abc-xyz.partial"  # as a killed writer leaves it
+    partial = tmp_path / f"{path(0).stem}-xyz.partial"  # as a killed writer leaves it
     partial.write_bytes(path(0).read_bytes())
     os.utime(partial, (0, 0))
     tokens(split(0), tmp_path)  # a use
     monkeypatch.setattr(module, "MOST_BYTES", 3 * path(0).stat().st_size)
     tokens(split(4), tmp_path)
-    assert files(tmp_path) == sorted(path(n) for n in (0, 3, 4))
-    assert (tmp_path / "notes.txt").exists()
+    assert files(tmp_path) == sorted([*(path(n) for n in (0, 3, 4)), not_ours])

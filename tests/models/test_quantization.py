@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from lorax.errors import LoraxError
 from lorax.models import KINDS, dequantize, quantize
 from lorax.models.quantization import BLOCK, NF4, product
 
@@ -58,6 +59,12 @@ def test_four_bits_of_a_normal_cost_a_tenth_and_eight_a_hundredth():
     }
     assert 0.005 < errors["int8"] < 0.01
     assert 0.08 < errors["nf4"] < 0.1
+
+
+@pytest.mark.parametrize("shape, kind", [((4, 4), "int4"), ((4, 4), "INT8"), ((2, 4, 4), "nf4")])
+def test_what_cannot_be_quantized_is_refused(shape, kind):
+    with pytest.raises(LoraxError, match="only matrices are quantized, to int8 or nf4"):
+        quantize(np.ones(shape), kind)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

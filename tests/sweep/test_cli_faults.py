@@ -35,6 +35,14 @@ CASES = {
         "train.pad_rank=4 is below rank 8",
     ),
     "bf16 where it trains": (["train.mode=full", "train.base_dtype=bf16"], "base_dtype=bf16"),
+    "few bits where it trains": (
+        ["train.mode=full", "train.base_dtype=nf4"],
+        "train.base_dtype=nf4 is for a frozen base",
+    ),
+    "few bits in pieces": (
+        ["train.base_dtype=int8", "sweep.mesh.fsdp=2"],
+        "train.base_dtype=int8 is not served on sweep.mesh.fsdp=2",
+    ),
     "too long": (["task.max_length=99"], "task.max_length=99 is above the 40 positions"),
     "no such base": (["model.source=./nowhere"], "'./nowhere' is no folder"),
     "no such data": (["task.data_dir=/nowhere"], "task.data_dir='/nowhere' holds neither"),

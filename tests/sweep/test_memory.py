@@ -60,6 +60,13 @@ def test_a_bad_setting_is_refused(world):
         memory_of(world.trial(train={"base_dtype": "int4"}))
 
 
+def test_a_mesh_is_refused(world):
+    trial = world.trial()
+    trial.sweep.mesh.fsdp = 2
+    with pytest.raises(LoraxError, match=r"on one device: leave sweep\.mesh out"):
+        memory_of(trial)
+
+
 def test_the_command_prints_the_table_and_faults_in_a_line(world, tmp_path):
     command = [sys.executable, "-m", "experiments.memory", *world.overrides(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)

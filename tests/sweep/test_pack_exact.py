@@ -230,6 +230,11 @@ def test_a_pack_of_any_kind_trains_as_its_trials_do(world, changes):
     assert np.ptp(trained.losses_alone, axis=1).min() > 1e-4  # no lane is another
 
 
+def test_a_pack_on_a_base_in_four_bits_trains_as_its_trials_do(world):
+    trained = train(tiny(world, UNLIKE, train={"base_dtype": "nf4", "remat": True}), 5)
+    assert_same(trained, 1e-5)
+
+
 BF16 = 2.0**-8  # the relative spacing of bf16
 
 

@@ -5,9 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorax.checkpoint import Checkpoints, load_adapter
 from lorax.models import KINDS, Quantized, dequantize
+from lorax.sweep.cost import base_flops
+from lorax.train import run_trial
 from lorax.train.compiler import compiler_options
 from lorax.train.step import train_step
+from lorax.trial_id import trial_dir
 
 
 def is_quantized(node):
@@ -67,7 +71,9 @@ def test_no_more_than_a_layers_weights_exist_in_full(bench):
     assert plans[1].temp_size_in_bytes < plans[0].temp_size_in_bytes + kernels / 4
 
 
-@pytest.mark.parametrize("changes", [{}, {"model": {"dropout": 0.2}}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"model": {"dropout": 0.2}, "lora": {"rank": 2, "dropout": 0.3}}]
+)
 def test_layers_computed_again_give_the_same_numbers(bench, changes):
     plain = bench(**changes)
     again = bench(**changes, train={"remat": True})
@@ -89,3 +95,35 @@ def test_a_quantized_base_in_half_precision_computes_in_it(bench):
     trial = bench(train={"base_dtype": "nf4", "precision": "bf16"})
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(trial.setup.frozen.params)}
     assert dtypes == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32), jnp.dtype(jnp.uint8)}
+
+
+@pytest.mark.parametrize("mode", ["lora", "head"])
+def test_a_trial_on_a_quantized_base_goes_on_as_if_never_stopped(world, tmp_path, mode):
+    train = {"base_dtype": "nf4", "remat": True, "mode": mode, "grad_accum": 2}
+    whole = run_trial(world.trial(tmp_path / "whole", train=train | {"max_steps": 6}))
+    trial = world.trial(tmp_path / "cut", train=train | {"max_steps": 6, "checkpoint_every": 3})
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_after(3, trial)
+    assert run_trial(trial)["last"] == whole["last"]
+    about = load_adapter(trial_dir(trial) / "adapter")[2]
+    assert (about["precision"], about["base_dtype"]) == ("fp32", "nf4")
+
+
+def interrupt_after(steps, trial):
+    """Run a trial until its checkpoint of so many steps is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        save = Checkpoints.save
+
+        def save_and_stop(self, step, *args):
+            save(self, step, *args)
+            if step >= steps:
+                raise KeyboardInterrupt
+
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        run_trial(trial)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_base_is_planned_like_any_other(world, kind):
+    plain, small = world.trial(), world.trial(train={"base_dtype": kind})
+    assert base_flops(small) == base_flops(plain) > 0

@@ -16,6 +16,7 @@ def fresh():
 def test_options_that_xla_does_not_know_are_left_out(monkeypatch):
     monkeypatch.setattr(compiler, "CPU", {"xla_cpu_no_such_option": "true"})
     assert compiler.compiler_options() == {}
+    assert compiler.compiler_options(keeps_barriers=True) == compiler.CPU_BARRIERS
 
 
 def test_other_backends_get_none(monkeypatch):
