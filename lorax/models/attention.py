@@ -42,13 +42,15 @@ def attend(
     return _attention(dropout_rate, q, k, v, mask, keep)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(rate: float, *inputs: jax.Array | None) -> jax.Array:
+def _plain(rate: float, *inputs: jax.Array | None) -> jax.Array:
     return jax.vmap(functools.partial(_forward_row, rate))(inputs)
 
 
+_attention = jax.custom_vjp(_plain, nondiff_argnums=(0,))
+
+
 def _attention_forward(rate: float, *inputs: jax.Array | None) -> Any:
-    return _attention(rate, *inputs), inputs
+    return _plain(rate, *inputs), inputs  # forward over reverse goes through a plain function only
 
 
 def _attention_backward(rate: float, inputs: Any, grad: jax.Array) -> Any:

@@ -55,7 +55,7 @@ def _einsum(equation: str, out: DTypeLike, left: jax.Array, right: jax.Array) ->
 
 
 def _product_forward(out: DTypeLike, x: jax.Array, kernel_IxO: jax.Array) -> Any:
-    return product(out, x, kernel_IxO), (x, kernel_IxO)
+    return _einsum("...i,io->...o", out, x, kernel_IxO), (x, kernel_IxO)
 
 
 def _product_backward(out: DTypeLike, kept: Any, grad: jax.Array) -> Any:

@@ -138,7 +138,7 @@ def _einsum(equation: str, out: DTypeLike, x: jax.Array, kernel: Quantized) -> j
 
 
 def _product_forward(out: DTypeLike, x: jax.Array, kernel: Quantized) -> Any:
-    return product(out, x, kernel), (kernel, jnp.zeros((0,), x.dtype))
+    return _einsum("...i,io->...o", out, x, kernel), (kernel, jnp.zeros((0,), x.dtype))
 
 
 def _product_backward(out: DTypeLike, kept: Any, grad: jax.Array) -> Any:

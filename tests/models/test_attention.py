@@ -139,3 +139,21 @@ def test_the_backward_product_multiplies_halves():
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert products
     assert not any("xf32>, tensor" in line.split(":")[-1] for line in products)
+
+
+def test_hessian_vector_products_go_through():
+    """Forward over reverse: for the curvature of a loss along an adapter."""
+    inputs, _, mask = draw(4, (2, 5, 2, 4))
+    mask = mask.at[..., 0].set(True)
+    kernel = jax.random.normal(jax.random.key(9), (4, 4))
+    q, k, v = inputs
+
+    def ours(kernel):
+        return jnp.sum(attend(product(jnp.float32, q, kernel), k, v, mask) ** 2)
+
+    def formula(kernel):
+        return jnp.sum(plain(q @ kernel, k, v, mask) ** 2)
+
+    along = jnp.ones_like(kernel)
+    got, want = (jax.jvp(jax.grad(loss), (kernel,), (along,))[1] for loss in (ours, formula))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))
