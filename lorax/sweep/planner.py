@@ -143,7 +143,8 @@ def _fitting(
             raise LoraxError(
                 f"one trial of {trials[0].model.name} needs {memory / GIB:.2f} GiB, above the "
                 f"limit of {limit / GIB:.2f} GiB (sweep.memory_limit_gib); lower "
-                "train.batch_size, raise train.grad_accum or set train.remat=true"
+                "train.batch_size, raise train.grad_accum, set train.remat=true or lower "
+                "task.max_length"
             )
 
 
