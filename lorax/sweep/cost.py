@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from lorax import data
 from lorax.config import TrialConfig
 from lorax.lora.paths import leaves_by_path
 from lorax.sweep.engine import PackEngine, mesh_of
-from lorax.train.measure import compile_cost
+from lorax.train.measure import StepCost, compile_cost
+from lorax.train.optimizer import Hyper
 from lorax.train.setup import (
     Dataset,
     epoch_steps,
@@ -23,7 +25,7 @@ from lorax.train.setup import (
     prepare,
     total_steps,
 )
-from lorax.train.step import init_state, train_step
+from lorax.train.step import Frozen, State, init_state, train_step
 
 GIB = 2**30
 SPARE = 0.9  # of the memory that is free: the rest is for what XLA does not count
@@ -167,6 +169,11 @@ def _engine(trials: Sequence[TrialConfig], *, tokens_at_once: int, lanes: int | 
 
 def trial_memory(trial: TrialConfig) -> int:
     """Bytes of a trial's own step in its largest shape; compiled, and not run."""
+    return largest_step(trial)[0].memory_bytes
+
+
+def largest_step(trial: TrialConfig) -> tuple[StepCost, tuple[State, Frozen, Hyper, Any]]:
+    """(cost, arguments) of a trial's own step in its largest shape; compiled, and not run."""
     setup, hyper = prepare(trial), hyper_of(trial)
     state = init_state(setup.trainable, hyper, setup.dropout_key)
     batch = dummy_batch(trial, max(shapes_of(trial)))
@@ -178,7 +185,7 @@ def trial_memory(trial: TrialConfig) -> int:
         is_trained=False,
         keeps_barriers=setup.program.saves_memory,
     )
-    return cost.memory_bytes
+    return cost, parts
 
 
 def memory_limit(trial: TrialConfig) -> int:

@@ -8,11 +8,9 @@ import jax
 
 from lorax.config import MeshConfig, TrialConfig
 from lorax.errors import LoraxError
-from lorax.sweep.cost import dummy_batch, shapes_of
+from lorax.sweep.cost import largest_step
 from lorax.sweep.plan_table import table
-from lorax.train.measure import compile_cost
-from lorax.train.setup import check_trial, hyper_of, prepare
-from lorax.train.step import init_state, train_step
+from lorax.train.setup import check_trial
 
 MEGA = 1e6
 CHEAPER: Mapping[str, Mapping[str, Any]] = {
@@ -59,14 +57,9 @@ def memory_of(trial: TrialConfig) -> Memory:
     if trial.sweep.mesh != MeshConfig():
         raise LoraxError("the memory table is of a step on one device: leave sweep.mesh out")
     check_trial(trial)
-    setup, hyper = prepare(trial), hyper_of(trial)
-    state = init_state(setup.trainable, hyper, setup.dropout_key)
-    batch = dummy_batch(trial, max(shapes_of(trial)))
-    parts = setup.program, state, setup.frozen, hyper, batch
-    keeps_barriers = setup.program.saves_memory
-    cost, _ = compile_cost(train_step, *parts, is_trained=False, keeps_barriers=keeps_barriers)
+    cost, (state, frozen, _, batch) = largest_step(trial)
     base, trained, optimizer, tokens = map(
-        _bytes, (setup.frozen, state.trainable, state.opt_state, batch)
+        _bytes, (frozen, state.trainable, state.opt_state, batch)
     )
     temporary = cost.memory_bytes - base - trained - optimizer - tokens
     return Memory(base, trained, optimizer, tokens, max(0, temporary))

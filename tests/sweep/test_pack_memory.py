@@ -125,12 +125,10 @@ def test_where_not_even_one_fits_it_is_one_line_and_nothing_is_lost(world, tmp_p
     trials = large_trials(world, tmp_path)
     code, out, err = run_limited(world, trials, 0.25)
     line = err.splitlines()[-1]  # without memory, libraries may have said something before
-    if code == 2:
-        assert re.match(r"error: trial \S+ does not fit in memory even alone; lower train.b", line)
-        for said in ("4 trials side by side", "2 trials side by side", "packs of half the size"):
-            assert said in out
-    else:  # so close to the limit, a library may want memory first, and end the process
-        assert code in (1, -6)
+    assert code == 2
+    assert re.match(r"error: trial \S+ does not fit in memory even alone; lower train.batch", line)
+    for said in ("4 trials side by side", "2 trials side by side", "packs of half the size"):
+        assert said in out
     run_packed(trials)
     assert_same_numbers(trials, roomy)
     assert not list(tmp_path.glob("tiny/packs/*/checkpoints"))
