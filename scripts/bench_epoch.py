@@ -3,8 +3,7 @@
     python scripts/bench_epoch.py
     python scripts/bench_epoch.py --tasks cola,rte --max-examples 512 --batch-size 16
 
-LoRA r = 8 on query and value, batches of 32 examples of at most 128 tokens, fp32, no dropout,
-AdamW; one epoch. Each measurement is a process of its own, in turn: lorax as its entry points set
+LoRA r = 8 on query and value, batches of 32 examples of at most 128 tokens, no dropout, AdamW; one epoch. Each measurement is a process of its own, in turn: lorax as its entry points set
 themselves up, through its own loop; PEFT by scripts/peft_trial.py with the Trainer's defaults
 (random batches, padded to their longest), and with `train_sampling_strategy="group_by_length"`;
 both of them once more with the allocator settings that lorax gives itself: the better figure
@@ -16,8 +15,9 @@ do not. Nor does lorax's compilation, which is done for all shapes beforehand, w
 from earlier runs: it is in `set-up`, with imports, data and weights. PEFT's figure is the Trainer's
 own `train_samples_per_second`.
 
-Two things differ: lorax packs several examples in a row and its head reads the mean over tokens;
-PEFT's users get padded batches, and the head of `AutoModelForSequenceClassification`.
+Both sides have the head of `AutoModelForSequenceClassification`, and `--precision` alike (PEFT's
+bf16 is the Trainer's). One thing differs: lorax packs several examples in a row; PEFT's users get
+padded batches.
 
 `--max-examples` cuts both splits to their first examples, for all ways alike. Each process leaves
 its output and its result in a folder of `--out`. Other work on the machine spoils the figures,
@@ -146,10 +146,16 @@ def lorax_trial(options: argparse.Namespace, out: Path) -> Any:
     (task,) = options.tasks
     return TrialConfig(
         TaskConfig(task, str(options.data_dir), max_length=MAX_LENGTH),
-        ModelConfig(source=str(options.model), dropout=0.0),
+        ModelConfig(source=str(options.model), pooling="pooler", dropout=0.0),
         LoraConfig(rank=RANK, alpha=ALPHA, targets="qv"),
         OptimizerConfig(lr=LR, warmup_ratio=WARMUP_RATIO, weight_decay=WEIGHT_DECAY),
-        TrainConfig(epochs=1, batch_size=options.batch_size, eval_batch_size=EVAL_BATCH_SIZE),
+        TrainConfig(
+            epochs=1,
+            batch_size=options.batch_size,
+            eval_batch_size=EVAL_BATCH_SIZE,
+            precision=options.precision,
+            base_dtype=options.precision,
+        ),
         seed=SEED,
         output_dir=str(out),
     )
@@ -173,7 +179,7 @@ def command(
     way: str, task: str, data_dir: Path, options: argparse.Namespace, out: Path
 ) -> list[str]:
     """The command line of a measurement, after `python`; it leaves `<out>/result.json`."""
-    shared = f"--batch-size {options.batch_size}".split()
+    shared = f"--batch-size {options.batch_size} --precision {options.precision}".split()
     shared += ["--data-dir", str(data_dir), "--model", str(options.model), "--out", str(out)]
     if way == "lorax":
         return [str(Path(__file__).resolve()), "--one", "--tasks", task, *shared]
@@ -303,6 +309,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=task_names, default=[*TASKS], help=",".join(TASKS))
     parser.add_argument("--max-examples", type=at_least_one, help="of each split; all by default")
     parser.add_argument("--batch-size", type=at_least_one, default=32)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--data-dir", type=Path, help="GLUE's root")
     parser.add_argument("--model", type=Path, default=ROOT / "assets/minilm")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench-epoch"))

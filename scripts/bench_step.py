@@ -8,9 +8,12 @@ measurement is a process of its own: lorax as its entry points set themselves up
 run it and once more with the same settings of the allocator. A step is all of it: forward,
 gradient, clipping, update; the median of `--steps` after three that do not count.
 
+Both sides train the model of `AutoModelForSequenceClassification`, whose head reads the first
+token; `--pooling mean` gives lorax the head of its default, which reads all of them.
+
 `of the matmul rate` is the share of the rate that products of this precision reach by themselves in
-the same process, counting the products that LoRA needs: forward, and back to activations; none for
-frozen kernels.
+the same process, counting the products that LoRA needs: forward, and back to what depends on an
+adapter; none for frozen kernels, none of the last layer for tokens that no head reads.
 """
 
 import argparse
@@ -73,26 +76,38 @@ class Step:
         return self.engine.compile([self.hyper], [self.batch])[0].memory_bytes
 
 
-def lorax_step(precision: str, length: int, steps: int) -> dict[str, float]:
+def needed_flops(config: Any, length: int, reads_all: bool) -> int:
+    """Of a step: products with kernels and of attention, forward and back to q and v of layer 0."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    tokens, read = BATCH * length, BATCH * length if reads_all else BATCH
+    matrix, mlp = 2 * width**2, 4 * width * config.intermediate_size
+    attended = 2 * length * width  # one of attention's products, a query
+    inner = tokens * (2 * (4 * matrix + mlp) + 6 * attended)
+    last = 2 * (2 * tokens * matrix + read * (2 * matrix + mlp + 3 * attended))
+    not_needed = tokens * (3 * matrix + attended)  # back to the embeddings, and to layer 0's keys
+    return (layers - 1) * inner + last - not_needed
+
+
+def lorax_step(precision: str, length: int, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step, and the share of the matmul rate."""
     import jax
     import jax.numpy as jnp
 
     from lorax.config import ModelConfig, TrainConfig, TrialConfig
+    from lorax.models import load_config
     from lorax.process import prepare_process
     from lorax.train.measure import peak_rss
 
     prepare_process()
     jax.config.update("jax_enable_compilation_cache", False)
+    steps = options.steps
     trial = TrialConfig(
-        model=ModelConfig(dropout=0.0),
+        model=ModelConfig(dropout=0.0, pooling=options.pooling),
         train=TrainConfig(batch_size=BATCH, precision=precision, base_dtype=precision),
     )
     step = Step(trial, length)
     seconds, peak = timed(step, steps), peak_rss()
-    base = step.setup.frozen.params["base"]["encoder"]["layers"]
-    kernels = [x for x in jax.tree.leaves(base) if x.ndim == 2]
-    flops = 4 * BATCH * length * sum(x.size for x in kernels)
+    flops = needed_flops(load_config(trial.model), length, options.pooling == "mean")
     dtype = jnp.bfloat16 if precision == "bf16" else jnp.float32
     return {
         "seconds": seconds,
@@ -116,7 +131,7 @@ def matmul_rate(dtype: Any, rows: int, steps: int) -> float:
     return 2 * rows * 384 * 1536 / seconds
 
 
-def peft_step(precision: str, length: int, steps: int) -> dict[str, float]:
+def peft_step(precision: str, length: int, options: argparse.Namespace) -> dict[str, float]:
     """Seconds of a step in PyTorch: bf16 is its autocast."""
     import resource
 
@@ -151,14 +166,15 @@ def peft_step(precision: str, length: int, steps: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = timed(step, steps)
+    seconds = timed(step, options.steps)
     unit = 1 if sys.platform == "darwin" else 1024
     return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
-def measure(way: str, precision: str, length: int, steps: int) -> dict[str, float]:
+def measure(way: str, precision: str, length: int, options: argparse.Namespace) -> dict[str, float]:
     """A measurement in a process of its own."""
-    words = ["--one", way.partition(",")[0], precision, str(length), "--steps", str(steps)]
+    words = ["--one", way.partition(",")[0], precision, str(length)]
+    words += ["--steps", str(options.steps), "--pooling", options.pooling]
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), **WAYS[way]},
@@ -171,9 +187,9 @@ def measure(way: str, precision: str, length: int, steps: int) -> dict[str, floa
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def row(precision: str, length: int, steps: int) -> list[str]:
+def row(precision: str, length: int, options: argparse.Namespace) -> list[str]:
     """A line of the table; the ways in turn."""
-    found = {way: measure(way, precision, length, steps) for way in WAYS}
+    found = {way: measure(way, precision, length, options) for way in WAYS}
     ours, theirs, tuned = (found[way] for way in ("lorax", "peft", "peft, allocator"))
     best = min(theirs["seconds"], tuned["seconds"])
     return [
@@ -193,6 +209,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", default="16,64,128")
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pooling", choices=("pooler", "mean"), default="pooler")
     parser.add_argument("--one", nargs=3, metavar=("WAY", "PRECISION", "T"), help="a single one")
     return parser.parse_args(arguments)
 
@@ -202,14 +219,14 @@ def main() -> int:
     if options.one:
         way, precision, length = options.one
         step = lorax_step if way == "lorax" else peft_step
-        print(json.dumps(step(precision, int(length), options.steps)))
+        print(json.dumps(step(precision, int(length), options)))
         return 0
     columns = (*COLUMNS, *MORE)
     for line in (columns, ["---"] * len(columns)):
         print("| " + " | ".join(line) + " |")
     for precision in options.precisions.split(","):
         for length in map(int, options.lengths.split(",")):
-            line = row(precision, length, options.steps)
+            line = row(precision, length, options)
             print("| " + " | ".join(line) + " |", flush=True)
     return 0
 

@@ -124,6 +124,7 @@ def arguments(options: argparse.Namespace) -> Any:
         logging_steps=LOG_EVERY,
         save_strategy="no",
         report_to="none",
+        bf16=options.precision == "bf16",
         disable_tqdm=True,
         **more,
     )
@@ -211,6 +212,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     length.add_argument("--steps", type=int, default=100)
     length.add_argument("--epochs", type=int, help="passes over the training split, not --steps")
     parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/glue"))

@@ -7,7 +7,7 @@ N sequences (B of them, or more when several share a row), C outputs of the head
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +191,32 @@ class Embeddings(nnx.Module):
         return dropout(self.norm(x_BxTxD), self.config.hidden_dropout_prob, rngs)
 
 
+class FirstTokens(NamedTuple):
+    """Asks for the first token of each sequence alone; its place in the rows laid end to end.
+
+    None where each row is a sequence.
+    """
+
+    first_N: jax.Array | None
+
+    def tokens(self, x_BxTxD: jax.Array) -> jax.Array:
+        """What is asked for, of states or masks: (N, 1, D)."""
+        if self.first_N is None:
+            return x_BxTxD[:, :1]
+        return x_BxTxD.reshape(-1, x_BxTxD.shape[-1])[self.first_N][:, None]
+
+    def rows(self, x_BxSxHxK: jax.Array) -> jax.Array:
+        """The rows that they lie in: (N, S, H, K)."""
+        if self.first_N is None:
+            return x_BxSxHxK
+        rows, tokens = x_BxSxHxK.shape[:2]
+        # A product: its gradient is one, too, which adds in the same order on every device.
+        is_in_NxB = jax.nn.one_hot(self.first_N // tokens, rows, dtype=x_BxSxHxK.dtype)
+        return jnp.einsum(
+            "nb,bshk->nshk", is_in_NxB, x_BxSxHxK, precision=jax.lax.Precision.HIGHEST
+        )
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with its residual connection and post-norm."""
 
@@ -204,20 +230,30 @@ class Attention(nnx.Module):
         self.norm = make.norm()
 
     def __call__(
-        self, x_BxTxD: jax.Array, mask_BxTxS: jax.Array, rngs: nnx.Rngs | None = None
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxTxS: jax.Array,
+        rngs: nnx.Rngs | None = None,
+        only: FirstTokens | None = None,
     ) -> jax.Array:
-        """Mixes tokens along the attended ones of a bool mask; the shape stays."""
+        """Mixes tokens along the attended ones of a bool mask; the shape stays, or is `only`'s."""
+        asked_BxTxD, implementation = x_BxTxD, self.implementation
+        k_BxSxHxK, v_BxSxHxK = self._split(self.key(x_BxTxD)), self._split(self.value(x_BxTxD))
+        if only is not None:
+            asked_BxTxD, mask_BxTxS = only.tokens(x_BxTxD), only.tokens(mask_BxTxS)
+            k_BxSxHxK, v_BxSxHxK = only.rows(k_BxSxHxK), only.rows(v_BxSxHxK)
+            implementation = "einsum"  # fused kernels are not made for one query
         y_BxTxHxK = attend(
-            self._split(self.query(x_BxTxD)),
-            self._split(self.key(x_BxTxD)),
-            self._split(self.value(x_BxTxD)),
+            self._split(self.query(asked_BxTxD)),
+            k_BxSxHxK,
+            v_BxSxHxK,
             mask_BxTxS,
-            implementation=self.implementation,
+            implementation=implementation,
             dropout_rate=self.config.attention_probs_dropout_prob,
             rngs=rngs,
         )
-        y_BxTxD = self.out(y_BxTxHxK.reshape(x_BxTxD.shape))
-        return self.norm(x_BxTxD + dropout(y_BxTxD, self.config.hidden_dropout_prob, rngs))
+        y_BxTxD = self.out(y_BxTxHxK.reshape(asked_BxTxD.shape))
+        return self.norm(asked_BxTxD + dropout(y_BxTxD, self.config.hidden_dropout_prob, rngs))
 
     def _split(self, x_BxTxD: jax.Array) -> jax.Array:
         heads = self.config.num_attention_heads
@@ -247,10 +283,14 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, make)
 
     def __call__(
-        self, x_BxTxD: jax.Array, mask_BxTxS: jax.Array, rngs: nnx.Rngs | None = None
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxTxS: jax.Array,
+        rngs: nnx.Rngs | None = None,
+        only: FirstTokens | None = None,
     ) -> jax.Array:
-        """Attention, then feed-forward; the shape stays."""
-        return self.mlp(self.attention(x_BxTxD, mask_BxTxS, rngs), rngs)
+        """Attention, then feed-forward; the shape stays, or is `only`'s: (N, 1, D)."""
+        return self.mlp(self.attention(x_BxTxD, mask_BxTxS, rngs, only), rngs)
 
 
 def _attended(mask_BxT: jax.Array) -> jax.Array:
@@ -306,6 +346,7 @@ class Encoder(nnx.Module):
         token_type_ids_BxT: jax.Array | None = None,
         *,
         position_ids_BxT: jax.Array | None = None,
+        only: FirstTokens | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """Encodes a batch, a sequence a row, or several.
@@ -316,10 +357,11 @@ class Encoder(nnx.Module):
             number: 1 where a row is one sequence; else sequences are numbered.
           token_type_ids_BxT: int token types; None means all 0.
           position_ids_BxT: int positions in each sequence, from 0; None: a sequence a row.
+          only: what is read of the last layer, if not all: it computes no more than that.
           rngs: stream `dropout` turns dropout on; None is deterministic.
 
         Returns:
-          Hidden states of shape (B, T, D) in the compute dtype.
+          Hidden states of shape (B, T, D), or (N, 1, D) for `only`, in the compute dtype.
 
         Raises:
           LoraxError: without `position_ids_BxT`, T exceeds the model's positions.
@@ -327,9 +369,10 @@ class Encoder(nnx.Module):
         x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, position_ids_BxT, rngs)
         mask_BxTxS = _attended(attention_mask_BxT)
         call = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x_BxTxD = call(layer, x_BxTxD, mask_BxTxS, rngs)
-        return x_BxTxD
+        return call(last, x_BxTxD, mask_BxTxS, rngs, only)
 
 
 class Head(nnx.Module):
@@ -352,6 +395,10 @@ class Head(nnx.Module):
         if pooling == "pooler":
             self.dense = linear(config.hidden_size, config.hidden_size)
 
+    def reads(self, first_N: jax.Array | None) -> FirstTokens | None:
+        """What it reads of the hidden states; None: all."""
+        return None if self.pooling == "mean" else FirstTokens(first_N)
+
     def __call__(
         self,
         x_BxTxD: jax.Array,
@@ -359,19 +406,17 @@ class Head(nnx.Module):
         first_N: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
-        """Maps hidden states to float32 logits of shape (N, C); see `SequenceClassifier`."""
+        """Maps what it reads of the hidden states to float32 logits of shape (N, C)."""
         rate = self.config.classifier_dropout
         rate = self.config.hidden_dropout_prob if rate is None else rate
-        x_NxD = self._pool(x_BxTxD, mask_BxT, first_N, rate, rngs)
+        if self.pooling == "mean":
+            x_NxD = _mean(x_BxTxD, mask_BxT, first_N)
+        else:
+            x_NxD = self._first(x_BxTxD, rate, rngs)
         return self.out(dropout(x_NxD, rate, rngs))
 
-    def _pool(self, x_BxTxD, mask_BxT, first_N, rate, rngs) -> jax.Array:
-        if self.pooling == "mean":
-            return _mean(x_BxTxD, mask_BxT, first_N)
-        if first_N is None:
-            x_NxD = x_BxTxD[:, 0].astype(jnp.float32)
-        else:
-            x_NxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])[first_N].astype(jnp.float32)
+    def _first(self, x_Nx1xD: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
+        x_NxD = x_Nx1xD[:, 0].astype(jnp.float32)
         if self.pooling == "cls":
             return x_NxD
         if self.config.model_type == "roberta":
@@ -455,6 +500,7 @@ class SequenceClassifier(nnx.Module):
             attention_mask_BxT,
             token_type_ids_BxT,
             position_ids_BxT=position_ids_BxT,
+            only=self.head.reads(first_tokens_N),
             rngs=rngs,
         )
         return self.head(x_BxTxD, attention_mask_BxT, first_tokens_N, rngs)

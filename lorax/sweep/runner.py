@@ -38,6 +38,8 @@ from lorax.train.trial import (
 from lorax.trial_id import trial_dir, trial_id
 
 log = logging.getLogger(__name__)
+# XLA's own error is at times passed on as a ValueError.
+MAY_BE_MEMORY = (jax.errors.JaxRuntimeError, ValueError, MemoryError)
 
 
 def run_pack(pack: Pack) -> bool:
@@ -70,7 +72,7 @@ def _run_alone(pack: Pack) -> bool:
         result = run_trial(pack.trials[0])
     except BusyError:
         return False
-    except (jax.errors.JaxRuntimeError, MemoryError) as fault:
+    except MAY_BE_MEMORY as fault:
         if not is_out_of_memory(fault):
             raise
         raise _too_large(pack) from fault
@@ -169,7 +171,7 @@ def _train(leg: Leg) -> int | None:
             loop = _loop(lanes, engine, checkpoints, leg.step)
             with progress_bar(leg.trials, loop) as bar:
                 loop.run(bar)
-        except (jax.errors.JaxRuntimeError, MemoryError) as fault:
+        except MAY_BE_MEMORY as fault:
             if not is_out_of_memory(fault):
                 raise
             return engine.side if engine else 1

@@ -59,15 +59,33 @@ def both(function, reference, inputs, grad):
 )
 def test_outputs_and_gradients_are_those_of_the_formula(seed, batch, length, tokens, heads, width):
     inputs, grad, mask = draw(seed, (batch, length, heads, width), tokens=tokens)
-    some = mask.any(-1)[:, :, None, None]  # with nothing to attend to, the formula has no limit
-    got, want = both(
-        lambda *x: jnp.where(some, attend(*x, mask), 0),
-        lambda *x: jnp.where(some, plain(*x, mask), 0),
-        inputs,
-        grad,
+    mask = mask.at[..., 0].set(True)  # with nothing to attend to, the formula has no limit
+    out, back = jax.jit(lambda *x: jax.vjp(lambda *y: attend(*y, mask), *x))(*inputs)
+    wanted, sizes = exact(*inputs, mask, grad)
+    for got, want, size in zip((out, *jax.jit(back)(grad)), wanted, sizes, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=3e-7 * max(1, size))
+
+
+def exact(q, k, v, mask, grad):
+    """Outputs and gradients in float64, and of each the size of the terms that cancel in it."""
+    q, k, v, grad = (np.asarray(x, np.float64) for x in (q, k, v, grad))
+    scale = q.shape[-1] ** -0.5
+    logits = np.where(np.asarray(mask)[:, None], np.einsum("bthk,bshk->bhts", q, k) * scale, -1e300)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    dweights = np.einsum("bthk,bshk->bhts", grad, v)
+    dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True)) * scale
+    found = (
+        np.einsum("bhts,bshk->bthk", weights, v),
+        np.einsum("bhts,bshk->bthk", dlogits, k),
+        np.einsum("bhts,bthk->bshk", dlogits, q),
+        np.einsum("bhts,bthk->bshk", weights, grad),
     )
-    for one, other in zip(got, want, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-6 * max(1, float(jnp.abs(other).max())))
+    v_size, k_size, q_size, grad_size = (np.abs(x).max() for x in (v, k, q, grad))
+    steep, queries = np.abs(dweights).max() * scale, q.shape[1]
+    sizes = np.array([v_size, steep * k_size, queries * steep * q_size, queries * grad_size])
+    spread = np.abs(logits[logits > -1e300]).max()  # an exponential has the error of its logit
+    return found, sizes * max(1, spread)
 
 
 def test_dropout_of_the_weights_has_the_formulas_gradient():
