@@ -3,11 +3,11 @@
     python scripts/bench_epoch.py
     python scripts/bench_epoch.py --tasks cola,rte --max-examples 512 --batch-size 16
 
-LoRA r = 8 on query and value, batches of 32 examples of at most 128 tokens, no dropout, AdamW; one epoch. Each measurement is a process of its own, in turn: lorax as its entry points set
-themselves up, through its own loop; PEFT by scripts/peft_trial.py with the Trainer's defaults
-(random batches, padded to their longest), and with `train_sampling_strategy="group_by_length"`;
-both of them once more with the allocator settings that lorax gives itself: the better figure
-counts.
+LoRA r = 8 on query and value, batches of 32 examples of at most 128 tokens, no dropout, AdamW; one
+epoch. Each measurement is a process of its own, in turn: lorax as its entry points set themselves
+up, through its own loop; PEFT by scripts/peft_trial.py with the Trainer's defaults (random batches,
+padded to their longest), and with `train_sampling_strategy="group_by_length"`; both of them once
+more with the allocator settings that lorax gives itself: the better figure counts.
 
 What counts is the training steps with all that belongs to them: batches drawn and collated,
 forward, gradient, clipping, update, losses read and recorded. Imports, data, weights and evaluation

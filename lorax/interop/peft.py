@@ -21,7 +21,8 @@ from lorax.errors import LoraxError
 from lorax.interop.peft_config import check_config, rank_of, read_spec, selects, write_config
 from lorax.lora import LoraSpec, LoraTree
 from lorax.lora.paths import leaves_by_path
-from lorax.models.convert import TABLES, hf_module, is_transposed
+from lorax.models.convert import hf_module, is_transposed
+from lorax.models.families import ENCODERS, family_of
 from lorax.models.hub import load_checkpoint, read_json
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 _EMBEDDING_PARTS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
-_SAVED_HEAD = {"bert": ["classifier", "pooler"], "roberta": ["classifier"]}
 _SHOWN_FAULTS = 5
 
 
@@ -62,7 +62,7 @@ def save_peft(
       folder: made when missing.
       lora: at its true ranks (`lorax.unpad` takes padding off).
       spec: its spec.
-      model_type: `bert` or `roberta`.
+      model_type: a family of encoders, as in the base's `config.json`.
       base_source: what PEFT should load as the base: a folder or a repository id.
       head: a trained head with `dense` and `out` (pooling `pooler`), the only one that
         `transformers` has. With any other, leave it out: the adapter is then the encoder's.
@@ -83,7 +83,8 @@ def save_peft(
         kernels,
         task_type="FEATURE_EXTRACTION" if head is None else "SEQ_CLS",
         base_source=base_source,
-        modules_to_save=None if head is None else _SAVED_HEAD[model_type],
+        modules_to_save=None if head is None else list(family_of(model_type).head),
+        kinds=_kinds(model_type),
     )
     _write(Path(folder), config, tensors)
 
@@ -96,7 +97,7 @@ def load_peft(folder: str | Path, base: Any, model_type: str) -> PeftAdapter:
       base: the parameters of our model, or their shapes (`nnx.to_pure_dict(nnx.state(model))`).
         A classifier or pooler in the file is read if its head pools by `pooler`, and left out
         with a warning otherwise: it was trained on other features than the head's.
-      model_type: `bert` or `roberta`.
+      model_type: as in `save_peft`.
 
     Raises:
       LoraxError: an option that is not served, or tensors that are missing, unexpected or
@@ -144,7 +145,9 @@ class _Reader:
         self.config, self.shapes, self.model_type = config, shapes, model_type
         self.rest = dict(tensors)
         self.faults: list[str] = []
-        self.bare = not any(n.startswith(f"{_PREFIX}{model_type}.") for n in tensors)
+        self.bare = not any(
+            n.startswith(f"{_PREFIX}{family_of(model_type).prefix}.") for n in tensors
+        )
         self.has_pooler = "head.dense.kernel" in shapes
         self.kernels = {
             path: _name(_module(path), model_type, bare=self.bare)
@@ -179,16 +182,17 @@ class _Reader:
             name = _name(path, self.model_type, bare=self.bare)
             if _PREFIX + name in self.rest:
                 _, module, leaf = path.split(".")
-                shape, turn = self.shapes[path], is_transposed(path)
+                shape, turn = self.shapes[path], is_transposed(path, self.model_type)
                 stored = self._take(name, shape[::-1] if turn else shape)
                 head.setdefault(module, {})[leaf] = stored.T if turn else stored
         return head or None
 
     def leave_out(self) -> None:
         """Drop a head that ours has no place for, with a warning."""
-        modules = ["pooler"] * (not self.has_pooler or self.model_type == "roberta")
-        modules += ["classifier"] * (not self.has_pooler)
-        start = tuple(f"{_PREFIX}{p}{m}." for p in ("", f"{self.model_type}.") for m in modules)
+        family = family_of(self.model_type)
+        heads = {"pooler", "classifier", *family.head}
+        modules = heads - set(family.head) if self.has_pooler else heads
+        start = tuple(f"{_PREFIX}{p}{m}." for p in ("", f"{family.prefix}.") for m in modules)
         foreign = [name for name in self.rest if start and name.startswith(start)]
         for name in foreign:
             del self.rest[name]
@@ -212,8 +216,8 @@ class _Reader:
 
 
 def _check_family(model_type: str) -> None:
-    if model_type not in TABLES:
-        raise LoraxError(f"model_type={model_type!r} is not one of: {', '.join(TABLES)}")
+    if model_type not in ENCODERS:
+        raise LoraxError(f"model_type={model_type!r} is not one of: {', '.join(ENCODERS)}")
 
 
 def _check_pair(path: str, pair: Mapping[str, Any], spec: LoraSpec) -> None:
@@ -228,6 +232,14 @@ def _check_pair(path: str, pair: Mapping[str, Any], spec: LoraSpec) -> None:
         )
 
 
+def _kinds(model_type: str) -> list[str]:
+    """Of all linear modules that a layer may have, the name within the layer."""
+    modules = [f"attention.{name}" for name in ("query", "key", "value", "out")]
+    modules += ["mlp.up", "mlp.down"]
+    names = [hf_module(f"encoder.layers.0.{module}", model_type) for module in modules]
+    return [name.partition(".0.")[2] for name in names]
+
+
 def _module(path: str) -> str:
     return path.rpartition(".")[0]
 
@@ -235,7 +247,7 @@ def _module(path: str) -> str:
 def _name(path: str, model_type: str, *, bare: bool) -> str:
     """The name of a module or parameter of ours in `BertModel` (`bare`), or in its classifier."""
     name = hf_module(path, model_type)
-    return name.removeprefix(f"{model_type}.") if bare else name
+    return name.removeprefix(f"{family_of(model_type).prefix}.") if bare else name
 
 
 def _parts(path: str) -> dict[str, str]:
@@ -251,7 +263,7 @@ def _head_tensors(head: Mapping[str, Any], model_type: str) -> dict[str, np.ndar
     tensors = {}
     for path, leaf in leaves_by_path({"head": head}).items():
         tensors[_PREFIX + hf_module(path, model_type)] = _array(
-            leaf.T if is_transposed(path) else leaf
+            leaf.T if is_transposed(path, model_type) else leaf
         )
     return tensors
 

@@ -35,10 +35,6 @@ _IRRELEVANT = {
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"),
     *("megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying", "runtime_config"),
 }
-_KINDS = (
-    *("attention.self.query", "attention.self.key", "attention.self.value"),
-    *("attention.output.dense", "intermediate.dense", "output.dense"),
-)
 _LAYER = re.compile(r"^(.*?\.)(\d+)\.")
 _NAMES_ALONE = re.compile(r"[A-Za-z_.-]+")  # no regex and no number: the same in every layer
 
@@ -50,6 +46,7 @@ def write_config(
     task_type: str,
     base_source: str,
     modules_to_save: list[str] | None,
+    kinds: Iterable[str],
 ) -> dict[str, Any]:
     """The config of an adapter of ours.
 
@@ -59,8 +56,9 @@ def write_config(
       task_type: of PEFT: `SEQ_CLS` or `FEATURE_EXTRACTION`.
       base_source: what PEFT should load as the base.
       modules_to_save: PEFT's names of the modules that are stored whole.
+      kinds: PEFT's names, within a layer, of all modules that a layer may have.
     """
-    targets, layers = _selection(spec, list(names.values()))
+    targets, layers = _selection(spec, list(names.values()), kinds)
     ranks = {name: spec.rank_of(path) for path, name in names.items()}
     alphas = {name: _number(spec.alpha_of(path)) for path, name in names.items()}
     inits = {ours: theirs for theirs, ours in reversed(_INITS.items())}
@@ -186,13 +184,15 @@ def _layer_of(name: str) -> int | None:
     return int(match[2]) if match else None
 
 
-def _selection(spec: LoraSpec, names: list[str]) -> tuple[list[str], list[int] | None]:
+def _selection(
+    spec: LoraSpec, names: list[str], kinds: Iterable[str]
+) -> tuple[list[str], list[int] | None]:
     """`target_modules` and `layers_to_transform` that mean exactly `names`, in any model."""
     everywhere = all(_NAMES_ALONE.fullmatch(name) for name in (*spec.targets, *spec.exclude))
     if spec.layers is None and not everywhere:
         return names, None
     stems = dict.fromkeys(m[0] for name in names if (m := _LAYER.match(name)))
-    universe = {stem + kind for stem in stems for kind in _KINDS} | set(names)
+    universe = {stem + kind for stem in stems for kind in kinds} | set(names)
     return _compress(names, universe, _short), list(spec.layers) if spec.layers else None
 
 

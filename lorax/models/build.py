@@ -13,21 +13,27 @@ from jax.typing import DTypeLike
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
-from lorax.models.bert import BertConfig, Head, SequenceClassifier
+from lorax.models.classifier import Head, SequenceClassifier
 from lorax.models.convert import convert
+from lorax.models.families import ENCODERS, family_of
+from lorax.models.family import Family
 from lorax.models.hub import load_checkpoint, read_json, resolve_source
 from lorax.models.quantization import quantize
 
 
-def load_config(model: ModelConfig) -> BertConfig:
-    """Reads the architecture, no weights; `model.dropout`, if set, replaces all three rates.
+def load_config(model: ModelConfig) -> Any:
+    """Reads an encoder's architecture, no weights; `model.dropout`, if set, replaces all its rates.
+
+    Returns:
+      The config of the family that `config.json` names by its `model_type`.
 
     Raises:
       LoraxError: no such model, or one with an option that is not served.
     """
     folder = resolve_source(model.source, model.revision)
     try:
-        config = BertConfig.from_hf(read_json(folder / "config.json"))
+        given = read_json(folder / "config.json")
+        config = _encoder_family(given.get("model_type", "bert")).config.from_hf(given)
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
     if (rate := model.dropout) is None:
@@ -37,6 +43,16 @@ def load_config(model: ModelConfig) -> BertConfig:
     return dataclasses.replace(
         config, hidden_dropout_prob=rate, attention_probs_dropout_prob=rate, classifier_dropout=None
     )
+
+
+def _encoder_family(model_type: str) -> Family:
+    family = family_of(model_type)
+    if family.is_decoder:
+        raise LoraxError(
+            f"model_type={model_type!r} is a decoder; a classifier takes one of: "
+            f"{', '.join(ENCODERS)}"
+        )
+    return family
 
 
 def abstract_model(
@@ -140,7 +156,7 @@ class _Request(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def _load(request: _Request) -> tuple[Any, BertConfig, dict[str, Any]]:
+def _load(request: _Request) -> tuple[Any, Any, dict[str, Any]]:
     """(graph definition, architecture, the checkpoint's arrays); all trials share the arrays."""
     model = ModelConfig(**dict(request.model))
     abstract = abstract_model(

@@ -1,7 +1,8 @@
 """Hugging Face checkpoints to our parameter trees: names, layouts, and what may go wrong.
 
-Paths are dotted, as in `encoder.layers.0.attention.query.kernel`. The table turns the path of one
-of our modules into the name that `transformers` gives it, so adapters can be written with it too.
+Paths are dotted, as in `encoder.layers.0.attention.query.kernel`. A family's rules turn the path of
+one of our modules into the name that `transformers` gives it, so that adapters can be written with
+them too.
 """
 
 import re
@@ -11,52 +12,12 @@ from typing import Protocol
 import numpy as np
 
 from lorax.errors import LoraxError
+from lorax.models.families import family_of
+from lorax.models.family import Rule, rule_of
 
-_ENCODER = (
-    (r"encoder\.embeddings\.(word|position|token_type)", r"{base}.embeddings.\1_embeddings"),
-    (r"encoder\.embeddings\.norm", r"{base}.embeddings.LayerNorm"),
-    (
-        r"encoder\.layers\.(\d+)\.attention\.(query|key|value)",
-        r"{base}.encoder.layer.\1.attention.self.\2",
-    ),
-    (r"encoder\.layers\.(\d+)\.attention\.out", r"{base}.encoder.layer.\1.attention.output.dense"),
-    (
-        r"encoder\.layers\.(\d+)\.attention\.norm",
-        r"{base}.encoder.layer.\1.attention.output.LayerNorm",
-    ),
-    (r"encoder\.layers\.(\d+)\.mlp\.up", r"{base}.encoder.layer.\1.intermediate.dense"),
-    (r"encoder\.layers\.(\d+)\.mlp\.down", r"{base}.encoder.layer.\1.output.dense"),
-    (r"encoder\.layers\.(\d+)\.mlp\.norm", r"{base}.encoder.layer.\1.output.LayerNorm"),
-)
-TABLES = {
-    "bert": (
-        *_ENCODER,
-        (r"head\.dense", r"{base}.pooler.dense"),
-        (r"head\.out", r"classifier"),
-    ),
-    "roberta": (
-        *_ENCODER,
-        (r"head\.dense", r"classifier.dense"),
-        (r"head\.out", r"classifier.out_proj"),
-    ),
-}
-# Our leaf, theirs, and whether the matrix is stored transposed there.
-_LEAVES = {
-    "kernel": ("weight", True),
-    "embedding": ("weight", False),
-    "scale": ("weight", False),
-    "bias": ("bias", False),
-}
-# Spellings of one name: the base model's prefix, and the norms of TensorFlow's time.
-_SPELLINGS = (
-    (r"^(bert|roberta)\.", ""),
-    (r"LayerNorm\.gamma$", "LayerNorm.weight"),
-    (r"LayerNorm\.beta$", "LayerNorm.bias"),
-)
-# Weights that a checkpoint may hold and a sequence classifier can do without.
-_UNNEEDED = re.compile(
-    r"(cls|lm_head|pooler|classifier|qa_outputs)\..+|(.+\.)?position_ids|embeddings\.token_type_ids"
-)
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+# Norms of TensorFlow's time.
+_SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 _SHOWN_FAULTS = 5
 
 
@@ -73,35 +34,41 @@ def hf_module(path: str, model_type: str) -> str:
 
     Args:
       path: dotted path of a module (`encoder.layers.0.mlp.up`) or of its parameter (`....kernel`).
-      model_type: a key of `TABLES`.
+      model_type: a key of `lorax.models.families.FAMILIES`.
 
     Returns:
-      The name within `BertForSequenceClassification` or its RoBERTa twin.
+      The name within the family's model with a head: `BertForSequenceClassification` and the like.
 
     Raises:
-      LoraxError: no rule of the table matches.
+      LoraxError: no rule of the family matches.
 
     >>> hf_module("encoder.layers.0.attention.query", "bert")
     'bert.encoder.layer.0.attention.self.query'
     >>> hf_module("head.out.kernel", "roberta")
     'classifier.out_proj.weight'
     """
+    return _find(path, model_type)[1]
+
+
+def is_transposed(path: str, model_type: str) -> bool:
+    """Whether Hugging Face stores this parameter of ours transposed."""
+    return path.endswith(".kernel") and _find(path, model_type)[0].transposed
+
+
+def _find(path: str, model_type: str) -> tuple[Rule, str]:
     module, _, leaf = path.rpartition(".")
     if leaf not in _LEAVES:
         module, leaf = path, ""
-    for pattern, template in TABLES[model_type]:
-        if match := re.fullmatch(pattern, module):
-            name = match.expand(template).format(base=model_type)
-            return f"{name}.{_LEAVES[leaf][0]}" if leaf else name
-    raise LoraxError(f"{path}: no Hugging Face name in the table of {model_type}")
+    found = rule_of(family_of(model_type).rules, module)
+    if found is None:
+        raise LoraxError(f"{path}: no Hugging Face name in the rules of {model_type}")
+    rule, name = found
+    return rule, f"{name}.{_LEAVES[leaf]}" if leaf else name
 
 
-def is_transposed(path: str) -> bool:
-    """Whether Hugging Face stores this parameter of ours transposed, as it does every kernel."""
-    return _LEAVES[path.rpartition(".")[2]][1]
-
-
-def _strip(name: str) -> str:
+def _strip(name: str, prefix: str) -> str:
+    """A tensor's name without the base model's prefix, and in today's spelling."""
+    name = name.removeprefix(f"{prefix}.") if prefix else name
     for pattern, replacement in _SPELLINGS:
         name = re.sub(pattern, replacement, name)
     return name
@@ -117,9 +84,9 @@ def convert(
     """Picks our parameters out of a checkpoint.
 
     Args:
-      tensors: the checkpoint; names with or without the prefix `bert.` or `roberta.`.
+      tensors: the checkpoint; names with or without the prefix of the base model, such as `bert.`.
       wanted: dotted path to the shape that our model expects, the head's included.
-      model_type: a key of `TABLES`.
+      model_type: a key of `lorax.models.families.FAMILIES`.
       load_head: take the head's modules too where the checkpoint has them. An output layer for
         another number of outputs is left out, as is what the checkpoint does not have.
 
@@ -129,28 +96,41 @@ def convert(
     Raises:
       LoraxError: every missing, mis-shaped and unexpected weight, in one line.
     """
-    rest = {_strip(name): tensor for name, tensor in tensors.items()}
+    family = family_of(model_type)
+    given = {_strip(name, family.prefix): tensor for name, tensor in tensors.items()}
     found: dict[str, np.ndarray] = {}
-    faults: list[str] = []
-    absent = _absent_head_modules(wanted, rest, model_type) if load_head else ("head.",)
+    used, faults = set(), []
+    absent = _absent_head_modules(wanted, given, model_type) if load_head else ("head.",)
     for path, want in wanted.items():
         if path.startswith(absent):
             continue
-        name = _strip(hf_module(path, model_type))
-        if name not in rest:
+        rule, name = _find(path, model_type)
+        name = _strip(name, family.prefix)
+        used.add(name)
+        if name not in given:
             faults.append(f"missing {name}")
             continue
-        tensor = rest.pop(name)
-        array = tensor.T if is_transposed(path) else tensor
-        if array.shape == tuple(want.shape):
+        turned = rule.transposed and path.endswith(".kernel")
+        array, expected = _part(given[name].T if turned else given[name], rule), tuple(want.shape)
+        if array is not None and array.shape == expected:
             found[path] = array
         else:
-            expected = tuple(want.shape)[::-1] if is_transposed(path) else tuple(want.shape)
-            faults.append(f"{name} has shape {tensor.shape}, expected {expected}")
-    faults += [f"unexpected {name}" for name in sorted(rest) if not _UNNEEDED.fullmatch(name)]
+            whole = (*expected[:-1], expected[-1] * (rule.part[1] if rule.part else 1))
+            expected = whole[::-1] if turned else whole
+            faults.append(f"{name} has shape {given[name].shape}, expected {expected}")
+    rest = sorted(given.keys() - used)
+    faults += [f"unexpected {name}" for name in rest if not re.fullmatch(family.unneeded, name)]
     if faults:
         raise LoraxError(f"checkpoint does not fit {model_type}: {_summary(faults)}")
     return found
+
+
+def _part(array: np.ndarray, rule: Rule) -> np.ndarray | None:
+    """Our part of a fused array, cut along its last axis; None: it cannot be cut so."""
+    if rule.part is None:
+        return array
+    n, of = rule.part
+    return np.split(array, of, axis=-1)[n] if array.shape[-1] % of == 0 else None
 
 
 def _summary(faults: list[str]) -> str:
@@ -167,7 +147,7 @@ def _absent_head_modules(
     """
     absent = []
     for module in sorted({path.rpartition(".")[0] for path in wanted if path.startswith("head.")}):
-        name = _strip(hf_module(module, model_type))
+        name = _strip(hf_module(module, model_type), family_of(model_type).prefix)
         bias = tensors.get(f"{name}.bias")
         no_tensor = bias is None and f"{name}.weight" not in tensors
         resized = bias is not None and bias.shape != tuple(wanted[f"{module}.bias"].shape)

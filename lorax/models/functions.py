@@ -1,6 +1,8 @@
-"""What layers are made of: an activation, dropout."""
+"""What layers are made of: activations, dropout."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,16 @@ def gelu(u: jax.Array) -> jax.Array:
     """
     u_f32 = u.astype(jnp.float32)
     return (0.5 * u_f32 * (1 + jax.lax.erf(u_f32 * math.sqrt(0.5)))).astype(u.dtype)
+
+
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
 
 
 def keep_mask(shape: tuple[int, ...], rate: float, rngs: nnx.Rngs | None) -> jax.Array | None:

@@ -26,7 +26,7 @@ SMALL = {
     "max_position_embeddings": 24,
     "num_labels": 3,
 }
-FAMILIES = {"bert": "Bert", "roberta": "Roberta"}
+FAMILIES = {"bert": "Bert", "roberta": "Roberta", "electra": "Electra"}
 # Ours, and the same in PEFT's words.
 CASES = {
     "qv": (LoraSpec(4, 8), {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}),
@@ -127,7 +127,7 @@ def random_tree(tree, seed=1):
 def make_batch(family):
     rng = np.random.default_rng(2)
     mask = (np.arange(9)[None] < np.array([9, 4, 7])[:, None]).astype(np.int32)
-    ids = np.where(mask, rng.integers(4, 60, mask.shape), {"bert": 0, "roberta": 1}[family])
+    ids = np.where(mask, rng.integers(4, 60, mask.shape), {"roberta": 1}.get(family, 0))
     return ids.astype(np.int32), mask
 
 
@@ -201,7 +201,7 @@ def test_the_bare_encoder_of_peft(family, source, tmp_path, caplog):
     model, base = our_model(source, pooling="mean")
     adapter = load_peft(tmp_path / "adapter", base, family)
     assert adapter.head is None
-    assert "pooler.dense.lora_A.weight" in caplog.text
+    assert family == "electra" or "pooler.dense.lora_A.weight" in caplog.text  # it has no pooler
     ours = of_ours(model, adapter, family, bare=True)
     np.testing.assert_allclose(ours, of_torch(theirs, family), atol=1e-5, rtol=1e-5)
 

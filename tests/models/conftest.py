@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,22 @@ SMALL = {
     "intermediate_size": 40,
     "max_position_embeddings": 32,
 }
-PAD = {"bert": 0, "roberta": 1}
+PAD = {"roberta": 1, "xlm-roberta": 1, "camembert": 1}  # elsewhere 0
+NAMES = {
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "electra": "Electra",
+    "distilbert": "DistilBert",
+}
+DISTILBERT = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +54,16 @@ def write_checkpoint(tmp_path):
     torch = pytest.importorskip("torch")
 
     def write(model_type="bert", *, head=False, **options):
-        family = {"bert": "Bert", "roberta": "Roberta"}[model_type]
-        config = getattr(transformers, f"{family}Config")(**(SMALL | options))
+        family, options = NAMES[model_type], SMALL | options
+        if model_type == "distilbert":
+            options = {DISTILBERT.get(name, name): value for name, value in options.items()}
+        config = getattr(transformers, f"{family}Config")(**options)
         torch.manual_seed(0)
         model_class = f"{family}ForSequenceClassification" if head else f"{family}Model"
         model = getattr(transformers, model_class)(config).eval()
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                weight.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.15)
+                weight.normal_(1.0 if re.search("(?i)layer_?norm.weight$", name) else 0.0, 0.15)
         model.save_pretrained(tmp_path)
         return model
 
@@ -70,7 +89,7 @@ def make_batch(model_type="bert", *, side="right", types=2, lengths=(9, 4, 1, 7)
     column = np.arange(longest)[None]
     length = np.array(lengths)[:, None]
     mask = column < length if side == "right" else column >= longest - length
-    ids = np.where(mask, rng.integers(4, 60, (count, longest)), PAD[model_type])
+    ids = np.where(mask, rng.integers(4, 60, (count, longest)), PAD.get(model_type, 0))
     segments = rng.integers(0, types, (count, longest)) * mask
     return ids.astype(np.int32), mask.astype(np.int32), segments.astype(np.int32)
 

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from lorax import data
-from lorax.models.bert import POOLINGS, BertConfig, SequenceClassifier
+from lorax.models import BertConfig, SequenceClassifier
+from lorax.models.classifier import POOLINGS
 
 LENGTHS = (3, 17, 9, 1, 12, 6, 20, 5)
 SIZES = {

@@ -1,0 +1,96 @@
+"""A decoder of any family with the output layer that predicts the next token.
+
+Shapes in names: B rows, T tokens, V words.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lorax.models.causal import KVCache
+from lorax.models.dense import Dense
+from lorax.models.families import family_of
+from lorax.models.layers import Maker
+
+__all__ = ["CausalLM", "KVCache"]
+
+
+class CausalLM(nnx.Module):
+    """A decoder (`decoder`) and its output layer (`lm_head`, unless that is the embeddings).
+
+    Args:
+      config: the architecture, of a family of decoders.
+      attention: see the family's decoder.
+      dtype: compute dtype, the output layer's included.
+      param_dtype: of the stored parameters.
+      remat: see the family's decoder.
+      rngs: draws the parameters.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        attention: str = "einsum",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.decoder = family_of(config.model_type).network(
+            config,
+            attention=attention,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+            rngs=rngs,
+        )
+        if not config.tie_word_embeddings:
+            make = Maker(dtype, param_dtype, rngs)
+            self.lm_head: Dense = make.linear(config.hidden_size, config.vocab_size, use_bias=False)
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Any:
+        """Maps a batch to float32 logits of the next tokens, (B, T, V).
+
+        Args:
+          input_ids_BxT: int token ids, padded on either side.
+          attention_mask_BxT: 0 on padding, 1 elsewhere; several sequences a row are numbered.
+          position_ids_BxT: int positions in each sequence, from 0; None: the real tokens of each
+            row are counted, those in the cache included.
+          cache: of the columns before (`KVCache.empty` at first); T more are written to it.
+          rngs: stream `dropout` turns dropout on; None is deterministic.
+
+        Returns:
+          Logits; with a cache, (logits, cache).
+
+        Raises:
+          LoraxError: the cache has no room, or the model no positions for T tokens.
+        """
+        found = self.decoder(
+            input_ids_BxT,
+            attention_mask_BxT,
+            position_ids_BxT=position_ids_BxT,
+            cache=cache,
+            rngs=rngs,
+        )
+        if cache is None:
+            return self._logits(found)
+        x_BxTxD, cache = found
+        return self._logits(x_BxTxD), cache
+
+    def _logits(self, x_BxTxD: jax.Array) -> jax.Array:
+        tied = self.config.tie_word_embeddings
+        logits_BxTxV = self.decoder.word.attend(x_BxTxD) if tied else self.lm_head(x_BxTxD)
+        return logits_BxTxV.astype(jnp.float32)

@@ -1,0 +1,117 @@
+"""What tells the models of one Hugging Face `model_type` apart: a config, a network, its names."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lorax.errors import LoraxError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The Hugging Face name of some of our modules.
+
+    Attributes:
+      ours: regex over a module's whole path.
+      theirs: template of the name, with the regex's groups.
+      part: (n, of): ours is the n-th of so many equal parts of theirs, along the outputs.
+      transposed: theirs stores kernels as (outputs, inputs), as `torch.nn.Linear` does.
+    """
+
+    ours: str
+    theirs: str
+    part: tuple[int, int] | None = None
+    transposed: bool = True
+
+
+@dataclass(frozen=True)
+class Pooler:
+    """The dense layer between the first token and the output layer of theirs.
+
+    Attributes:
+      activation: after it.
+      drops_before: whether dropout acts on its input.
+      drops_after: whether dropout acts on its output.
+    """
+
+    activation: Callable[[jax.Array], jax.Array] = jnp.tanh
+    drops_before: bool = False
+    drops_after: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of a `model_type`.
+
+    Attributes:
+      config: a frozen dataclass with `from_hf`.
+      network: the NNX class of the base, made from a config.
+      rules: the names of all modules; of several rules that match, the first counts.
+      prefix: what the base's names begin with in a model with a head.
+      pooler: how its sequence classifier pools; None: it has none here.
+      head: modules of theirs that PEFT saves with a classifier's adapter.
+      unneeded: regex of weights that a checkpoint may hold and the model does without.
+      pad_token: where the config does not say.
+    """
+
+    config: Any
+    network: Any
+    rules: tuple[Rule, ...]
+    prefix: str
+    pooler: Pooler | None = None
+    head: tuple[str, ...] = ()
+    unneeded: str = r"(cls|lm_head|pooler|classifier|qa_outputs)\..+|(.+\.)?position_ids"
+    pad_token: int = 0
+
+    @property
+    def is_decoder(self) -> bool:
+        """Whether tokens attend to those before them alone."""
+        return self.pooler is None
+
+
+def read_config(
+    cls: Any,
+    config: Mapping[str, Any],
+    *,
+    served: Mapping[str, tuple[Any, ...]],
+    names: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """The fields of a config's dataclass out of a Hugging Face `config.json`.
+
+    Args:
+      cls: the dataclass; its fields are named as in `config.json`.
+      config: the dict of `config.json`; a null is an absence.
+      served: options that change the computation, and the values served, the default first.
+      names: field to its name in `config.json`, where that is another.
+
+    Raises:
+      LoraxError: an option with a value that is not served, or a size that is absent.
+    """
+    config = {k: v for k, v in config.items() if v is not None}
+    for option, values in served.items():
+        if (value := config.get(option, values[0])) not in values:
+            known = ", ".join(map(str, values))
+            raise LoraxError(f"config.json: {option}={value!r} is not one of: {known}")
+    names = names or {}
+    theirs = {field.name: names.get(field.name, field.name) for field in fields(cls)}
+    needed = [theirs[field.name] for field in fields(cls) if _is_needed(field)]
+    if absent := [name for name in needed if name not in config]:
+        kind = config.get("model_type", "BERT")
+        raise LoraxError(f"config.json: no {', '.join(absent)}; is it a {kind}?")
+    return {field: config[name] for field, name in theirs.items() if name in config}
+
+
+def _is_needed(field: Any) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def rule_of(rules: tuple[Rule, ...], module: str) -> tuple[Rule, str] | None:
+    """The rule of a module of ours, and its name in theirs; None: there is none."""
+    for rule in rules:
+        if match := re.fullmatch(rule.ours, module):
+            return rule, match.expand(rule.theirs)
+    return None

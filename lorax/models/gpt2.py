@@ -1,0 +1,317 @@
+"""GPT-2 decoders, in Flax NNX.
+
+Shapes in names: B rows, T tokens, S attended columns (= T without a cache), D width, H heads,
+K width of a head.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lorax.errors import LoraxError
+from lorax.models.attention import attend, check_attention
+from lorax.models.causal import (
+    KVCache,
+    Past,
+    WordTable,
+    columns,
+    count_positions,
+    grown,
+    run_layers,
+)
+from lorax.models.family import Family, Rule, read_config
+from lorax.models.functions import ACTIVATIONS, dropout
+from lorax.models.layers import Maker, kernel_init, split_heads
+
+# Options of a Hugging Face config that change the computation, and the values served here.
+_SERVED: dict[str, tuple[Any, ...]] = {
+    "activation_function": ("gelu_new", *(name for name in ACTIVATIONS if name != "gelu_new")),
+    "add_cross_attention": (False,),
+    "is_decoder": (False, True),
+}
+_NAMES = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "max_position_embeddings": "n_positions",
+    "hidden_act": "activation_function",
+}
+
+
+@dataclass(frozen=True)
+class Gpt2Config:
+    """The architecture, in BERT's names for sizes and GPT-2's own for the rest.
+
+    Attributes:
+      model_type: as in `config.json`.
+      intermediate_size: inner width of the feed-forward blocks; 0 means 4 hidden_size.
+      embd_pdrop: dropout of the embeddings.
+      attn_pdrop: dropout of the attention weights.
+      resid_pdrop: dropout of each block's output.
+      scale_attn_weights: products of queries and keys are divided by sqrt(K).
+      scale_attn_by_inverse_layer_idx: and by the layer's number, from 1.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    model_type: str = "gpt2"
+    intermediate_size: int = 0
+    max_position_embeddings: int = 1024
+    hidden_act: str = "gelu_new"
+    layer_norm_epsilon: float = 1e-5
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+        if not self.intermediate_size:
+            object.__setattr__(self, "intermediate_size", 4 * width)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Gpt2Config":
+        """Reads the dict of a Hugging Face `config.json`.
+
+        Raises:
+          LoraxError: an option that changes the computation and is not served here, or a size
+            that is absent.
+        """
+        served = {"model_type": tuple(FAMILIES), **_SERVED}
+        return cls(**read_config(cls, config, served=served, names=_NAMES))
+
+    @property
+    def head_dim(self) -> int:
+        """K."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """As many as the queries'."""
+        return self.num_attention_heads
+
+    def with_dropout(self, rate: float) -> "Gpt2Config":
+        """With all rates replaced."""
+        return dataclasses.replace(self, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention of the layer `n`, from 0."""
+
+    def __init__(self, config: Gpt2Config, n: int, implementation: str, make: Maker):
+        self.config, self.implementation = config, implementation
+        width = config.hidden_size
+        self.query = make.linear(width, width)
+        self.key = make.linear(width, width)
+        self.value = make.linear(width, width)
+        self.out = make.linear(width, width)
+        self.scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= n + 1
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxTxS: jax.Array,
+        past: Past | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, Past | None]:
+        """Mixes tokens along the attended ones of a bool mask; the shape stays."""
+        heads = self.config.num_attention_heads
+        q_BxTxHxK = split_heads(self.query(x_BxTxD), heads)
+        k_BxSxHxK = split_heads(self.key(x_BxTxD), heads)
+        v_BxSxHxK = split_heads(self.value(x_BxTxD), heads)
+        if past is not None:
+            past = past.extended(k_BxSxHxK, v_BxSxHxK)
+            k_BxSxHxK, v_BxSxHxK = (x.astype(q_BxTxHxK.dtype) for x in past[:2])
+        y_BxTxHxK = attend(
+            q_BxTxHxK,
+            k_BxSxHxK,
+            v_BxSxHxK,
+            mask_BxTxS,
+            scale=self.scale,
+            # Fused kernels are not made for one query.
+            implementation="einsum" if past is not None else self.implementation,
+            dropout_rate=self.config.attn_pdrop,
+            rngs=rngs,
+        )
+        return self.out(y_BxTxHxK.reshape(x_BxTxD.shape)), past
+
+
+class Mlp(nnx.Module):
+    """Feed-forward block."""
+
+    def __init__(self, config: Gpt2Config, make: Maker):
+        self.activation = config.hidden_act
+        self.up = make.linear(config.hidden_size, config.intermediate_size)
+        self.down = make.linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Transforms every token by itself; the shape stays."""
+        return self.down(ACTIVATIONS[self.activation](self.up(x_BxTxD)))
+
+
+class Layer(nnx.Module):
+    """The transformer block `n`, from 0; norms come first."""
+
+    def __init__(self, config: Gpt2Config, n: int, implementation: str, make: Maker):
+        width, eps = config.hidden_size, config.layer_norm_epsilon
+        self.rate = config.resid_pdrop
+        self.attention_norm = make.norm(width, eps=eps)
+        self.attention = Attention(config, n, implementation, make)
+        self.mlp_norm = make.norm(width, eps=eps)
+        self.mlp = Mlp(config, make)
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxTxS: jax.Array,
+        rotation: None = None,
+        past: Past | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, Past | None]:
+        """Attention, then feed-forward; the shape stays."""
+        del rotation  # positions are embedded
+        y_BxTxD, past = self.attention(self.attention_norm(x_BxTxD), mask_BxTxS, past, rngs)
+        x_BxTxD += dropout(y_BxTxD, self.rate, rngs).astype(x_BxTxD.dtype)
+        y_BxTxD = dropout(self.mlp(self.mlp_norm(x_BxTxD)), self.rate, rngs)
+        return x_BxTxD + y_BxTxD.astype(x_BxTxD.dtype), past
+
+
+class Decoder(nnx.Module):
+    """A decoder of GPT-2's kind without a head.
+
+    Args:
+      config: the architecture.
+      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
+        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
+      dtype: of matrix products and activations; LayerNorm statistics and softmax are float32.
+      param_dtype: of the stored parameters.
+      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
+      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
+
+    Raises:
+      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
+    """
+
+    def __init__(
+        self,
+        config: Gpt2Config,
+        *,
+        attention: str = "einsum",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        check_attention(attention, config.attn_pdrop)
+        make = Maker(dtype, param_dtype, rngs)
+        self.config, self.remat, self.dtype = config, remat, make.dtype
+        self.word = WordTable(
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=make.param_dtype,
+            embedding_init=kernel_init,
+            rngs=rngs,
+        )
+        self.position = make.embed(config.max_position_embeddings, config.hidden_size)
+        self.layers = nnx.List(
+            [Layer(config, n, attention, make) for n in range(config.num_hidden_layers)]
+        )
+        self.norm = make.norm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def _positions(self, mask_BxT: jax.Array, cache: KVCache | None) -> jax.Array:
+        tokens, longest = mask_BxT.shape[1], self.config.max_position_embeddings
+        if tokens > longest:
+            raise LoraxError(
+                f"sequence of {tokens} tokens: this model has {longest} positions; "
+                f"set task.max_length to {longest} or less"
+            )
+        return count_positions(mask_BxT, cache)
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Any:
+        """Decodes a batch, a sequence a row, or several.
+
+        Args:
+          input_ids_BxT: int token ids, padded on either side.
+          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
+            number up to their own column: 1 where a row is one sequence; else sequences are
+            numbered.
+          position_ids_BxT: int positions in each sequence, from 0; None: the real tokens of each
+            row are counted, those in the cache included.
+          cache: of the columns before; T more are written to it.
+          rngs: stream `dropout` turns dropout on; None is deterministic.
+
+        Returns:
+          Hidden states of shape (B, T, D) in the compute dtype; with a cache, (states, cache).
+
+        Raises:
+          LoraxError: the cache has no room, or without `position_ids_BxT` T exceeds the model's
+            positions.
+        """
+        seen = columns(attention_mask_BxT, cache)
+        if position_ids_BxT is None:
+            position_ids_BxT = self._positions(attention_mask_BxT, cache)
+        x_BxTxD = self.word(jnp.asarray(input_ids_BxT)).astype(jnp.float32)
+        x_BxTxD += self.position(jnp.asarray(position_ids_BxT)).astype(jnp.float32)
+        x_BxTxD, pasts = run_layers(
+            self.layers,
+            dropout(x_BxTxD, self.config.embd_pdrop, rngs).astype(self.dtype),
+            [seen.may_attend()] * len(self.layers),
+            None,
+            cache,
+            rngs=rngs,
+            remat=self.remat,
+        )
+        x_BxTxD = self.norm(x_BxTxD)
+        return x_BxTxD if cache is None else (x_BxTxD, grown(pasts, seen))
+
+
+_LAYER = r"decoder\.layers\.(\d+)"
+_FUSED = tuple(
+    Rule(rf"{_LAYER}\.attention\.{name}", r"transformer.h.\1.attn.c_attn", (n, 3), transposed=False)
+    for n, name in enumerate(("query", "key", "value"))
+)
+_RULES = (
+    Rule(r"decoder\.word", "transformer.wte"),
+    Rule(r"decoder\.position", "transformer.wpe"),
+    Rule(rf"{_LAYER}\.attention\.out", r"transformer.h.\1.attn.c_proj", transposed=False),
+    Rule(rf"{_LAYER}\.attention_norm", r"transformer.h.\1.ln_1"),
+    Rule(rf"{_LAYER}\.mlp\.up", r"transformer.h.\1.mlp.c_fc", transposed=False),
+    Rule(rf"{_LAYER}\.mlp\.down", r"transformer.h.\1.mlp.c_proj", transposed=False),
+    Rule(rf"{_LAYER}\.mlp_norm", r"transformer.h.\1.ln_2"),
+    Rule(r"decoder\.norm", "transformer.ln_f"),
+    Rule(r"lm_head", "lm_head"),
+)
+FAMILIES = {
+    "gpt2": Family(
+        config=Gpt2Config,
+        network=Decoder,
+        rules=_FUSED + _RULES,
+        prefix="transformer",
+        head=("score",),
+        # The head of a checkpoint whose output layer is its embeddings; causal masks.
+        unneeded=r"lm_head\.weight|score\.weight|h\.\d+\.attn\.(masked_)?bias",
+    )
+}

@@ -1,0 +1,474 @@
+"""LLaMA 2 and 3 (with SmolLM2), Mistral, Qwen2 and Qwen3 decoders, in Flax NNX.
+
+Shapes in names: B rows, T tokens, S attended columns (= T without a cache), D width, H heads,
+K width of a head, F frequencies (K / 2).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lorax.errors import LoraxError
+from lorax.models.attention import attend, check_attention
+from lorax.models.causal import (
+    KVCache,
+    Past,
+    WordTable,
+    columns,
+    count_positions,
+    grown,
+    run_layers,
+)
+from lorax.models.family import Family, Rule, read_config
+from lorax.models.functions import ACTIVATIONS
+from lorax.models.layers import Maker, kernel_init, split_heads
+
+# Options of a Hugging Face config that change the computation, and the values served here.
+_SERVED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": tuple(ACTIVATIONS),
+    "partial_rotary_factor": (1.0,),
+    "rope_interleaved": (False,),
+}
+_NAMES = {"rope": "", "windows": ""}  # read apart
+# What transformers takes where config.json does not say.
+_KEY_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
+_QWEN_FULL_LAYERS = 28
+_QWEN3_HEAD = 128
+# Kinds of rotary positions, and what config.json says of each.
+_ROPES: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"},
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864) and how they are stretched.
+
+    Attributes:
+      kind: `default`; `linear` divides positions by `factor`; `llama3` (Llama 3.1) does so for
+        wavelengths above `original_length / low`, not below `original_length / high`, and
+        goes over from one to the other between.
+      theta: base of the wavelengths.
+      factor: of `linear` and `llama3`.
+      low: `low_freq_factor`.
+      high: `high_freq_factor`.
+      original_length: tokens of a sequence before the stretching.
+    """
+
+    kind: str = "default"
+    theta: float = 10_000.0
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original_length: int = 8192
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
+        """Reads `rope_parameters`, or `rope_scaling` and `rope_theta` of before transformers 5.
+
+        Raises:
+          LoraxError: a kind that is not served, or one without its numbers.
+        """
+        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind not in _ROPES or any(isinstance(value, dict) for value in given.values()):
+            kind = kind if kind not in _ROPES else "one for each kind of layer"
+            raise LoraxError(f"config.json: rope_type={kind!r} is not one of: {', '.join(_ROPES)}")
+        if given.get("partial_rotary_factor") not in (None, 1.0):
+            share = given["partial_rotary_factor"]
+            raise LoraxError(f"config.json: partial_rotary_factor={share} is not one of: 1.0")
+        theta = float(given.get("rope_theta") or config.get("rope_theta") or cls.theta)
+        needed = _ROPES[kind]
+        if absent := [name for name in needed.values() if name not in given]:
+            raise LoraxError(f"config.json: rope_type={kind!r} without {', '.join(absent)}")
+        numbers: dict[str, Any] = {field: float(given[name]) for field, name in needed.items()}
+        rope = cls(kind, theta, **numbers)
+        if kind != "llama3":
+            return rope
+        name = "original_max_position_embeddings"
+        length = config.get(name) or given.get(name) or config.get("max_position_embeddings", 2048)
+        return dataclasses.replace(rope, original_length=length)
+
+    def frequencies(self, width: int) -> np.ndarray:
+        """(F,) radians a position, in the steps of transformers, which are float32.
+
+        Powers are rounded once, as PyTorch's mostly are: the last bit, times a position of some
+        ten thousands, is another angle.
+        """
+        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        powers = np.power(np.float64(self.theta), exponents.astype(np.float64))
+        frequencies_F = np.float32(1) / powers.astype(np.float32)
+        if self.kind == "linear":
+            return frequencies_F / np.float32(self.factor)
+        return self._llama3(frequencies_F) if self.kind == "llama3" else frequencies_F
+
+    def _llama3(self, plain_F: np.ndarray) -> np.ndarray:
+        length, low, high, factor = self.original_length, self.low, self.high, self.factor
+        waves_F = np.float32(2 * np.pi) / plain_F
+        stretched_F = np.where(waves_F > length / low, plain_F / np.float32(factor), plain_F)
+        share_F = (np.float32(length) / waves_F - np.float32(low)) / np.float32(high - low)
+        mixed_F = (1 - share_F) * stretched_F / np.float32(factor) + share_F * stretched_F
+        is_between_F = (waves_F >= length / high) & (waves_F <= length / low)
+        return np.where(is_between_F, mixed_F, stretched_F)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, in the names of LLaMA's `config.json`.
+
+    Attributes:
+      model_type: as in `config.json`; `qwen2` has biases in query, key and value, `qwen3` norms
+        of queries and keys.
+      num_key_value_heads: heads of keys and values, each for as many heads of the queries.
+      head_dim: K; 0 means hidden_size / num_attention_heads.
+      attention_bias: whether all four projections have biases.
+      mlp_bias: whether the feed-forward layers have biases.
+      rope: rotary positions.
+      windows: of each layer the number of columns that a token attends to, its own included;
+        None: all. Empty: all layers attend to all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    model_type: str = "llama"
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False
+    rope: Rope = Rope()
+    windows: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        width, heads = self.hidden_size, self.num_attention_heads
+        if not self.head_dim:
+            if width % heads:
+                name = "num_attention_heads"
+                raise LoraxError(f"hidden_size={width} is no multiple of {name}={heads}")
+            object.__setattr__(self, "head_dim", width // heads)
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", heads)
+        if heads % (groups := self.num_key_value_heads):
+            raise LoraxError(
+                f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
+            )
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads the dict of a Hugging Face `config.json`.
+
+        Raises:
+          LoraxError: an option that changes the computation and is not served here, or a size
+            that is absent.
+        """
+        served = {"model_type": tuple(FAMILIES), **_SERVED}
+        found = read_config(cls, config, served=served, names=_NAMES)
+        kind = found.get("model_type", "llama")
+        if kind not in ("llama", "qwen3"):
+            found["attention_bias"] = False
+        if kind != "llama":
+            found["mlp_bias"] = False
+        if "num_key_value_heads" not in config and kind in _KEY_HEADS:
+            found["num_key_value_heads"] = _KEY_HEADS[kind]
+        if "head_dim" not in config and kind == "qwen3":
+            found["head_dim"] = _QWEN3_HEAD
+        found |= {"rope": Rope.from_hf(config), "windows": _windows(kind, config)}
+        return cls(**found)
+
+    def with_dropout(self, rate: float) -> "LlamaConfig":
+        """With all rates replaced."""
+        return dataclasses.replace(self, attention_dropout=rate)
+
+
+def _windows(kind: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Of each layer, as transformers reads it: a null window is none."""
+    window, layers = config.get("sliding_window", _WINDOWS.get(kind)), config["num_hidden_layers"]
+    if kind == "llama":
+        return (None,) * layers
+    if kind == "mistral":
+        return (window,) * layers
+    window = window if config.get("use_sliding_window") else None
+    if given := config.get("layer_types"):
+        return tuple(_window(name, window) for name in given)
+    first = config.get("max_window_layers", _QWEN_FULL_LAYERS)
+    return tuple(window if n >= first else None for n in range(layers))
+
+
+def _window(layer_type: str, window: int | None) -> int | None:
+    if layer_type == "full_attention":
+        return None
+    if layer_type != "sliding_attention" or window is None:
+        raise LoraxError(
+            f"config.json: layer_types has {layer_type!r} with a window of {window}; served are "
+            "full_attention, and sliding_attention with a sliding_window"
+        )
+    return window
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019).
+
+    Statistics are float32, the output is of `dtype`.
+    """
+
+    def __init__(self, features: int, *, eps: float, dtype: DTypeLike, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Normalises; the shape stays."""
+        x = inputs.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x * scale).astype(self.dtype)
+
+
+def _rms_norm(make: Maker, features: int, eps: float) -> RMSNorm:
+    return RMSNorm(features, eps=eps, dtype=make.dtype, param_dtype=make.param_dtype)
+
+
+def rotation_at(positions_BxT: jax.Array, frequencies_F: np.ndarray) -> tuple[jax.Array, ...]:
+    """Cosines and sines, (B, T, 1, F) each, in float32."""
+    positions_BxTx1x1 = positions_BxT.astype(jnp.float32)[:, :, None, None]
+    angles_BxTx1xF = positions_BxTx1x1 * jnp.asarray(frequencies_F)[None, None, None]
+    return jnp.cos(angles_BxTx1xF), jnp.sin(angles_BxTx1xF)
+
+
+def rotate(x_BxTxHxK: jax.Array, rotation: tuple[jax.Array, ...]) -> jax.Array:
+    """Turns the pairs of the first half's and the second half's elements; the shape stays."""
+    cos_BxTx1xF, sin_BxTx1xF = rotation
+    x_BxTxHxF, y_BxTxHxF = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+    turned = (
+        x_BxTxHxF * cos_BxTx1xF - y_BxTxHxF * sin_BxTx1xF,
+        y_BxTxHxF * cos_BxTx1xF + x_BxTxHxF * sin_BxTx1xF,
+    )
+    return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxK.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, implementation: str, make: Maker):
+        self.config, self.implementation = config, implementation
+        width, head = config.hidden_size, config.head_dim
+        inner, shared = config.num_attention_heads * head, config.num_key_value_heads * head
+        has_bias = config.attention_bias or config.model_type == "qwen2"
+        self.query = make.linear(width, inner, use_bias=has_bias)
+        self.key = make.linear(width, shared, use_bias=has_bias)
+        self.value = make.linear(width, shared, use_bias=has_bias)
+        self.out = make.linear(inner, width, use_bias=config.attention_bias)
+        if config.model_type == "qwen3":
+            self.query_norm = _rms_norm(make, head, config.rms_norm_eps)
+            self.key_norm = _rms_norm(make, head, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxTxS: jax.Array,
+        rotation: tuple[jax.Array, ...],
+        past: Past | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, Past | None]:
+        """Mixes tokens along the attended ones of a bool mask; the shape stays."""
+        config = self.config
+        q_BxTxHxK = split_heads(self.query(x_BxTxD), config.num_attention_heads)
+        k_BxSxHxK = split_heads(self.key(x_BxTxD), config.num_key_value_heads)
+        v_BxSxHxK = split_heads(self.value(x_BxTxD), config.num_key_value_heads)
+        if config.model_type == "qwen3":
+            dtype = v_BxSxHxK.dtype  # the products', which all three have
+            q_BxTxHxK = self.query_norm(q_BxTxHxK).astype(dtype)
+            k_BxSxHxK = self.key_norm(k_BxSxHxK).astype(dtype)
+        q_BxTxHxK, k_BxSxHxK = rotate(q_BxTxHxK, rotation), rotate(k_BxSxHxK, rotation)
+        if past is not None:
+            past = past.extended(k_BxSxHxK, v_BxSxHxK)
+            k_BxSxHxK, v_BxSxHxK = (x.astype(q_BxTxHxK.dtype) for x in past[:2])
+        y_BxTxHxK = attend(
+            q_BxTxHxK,
+            k_BxSxHxK,
+            v_BxSxHxK,
+            mask_BxTxS,
+            # Fused kernels are not made for one query.
+            implementation="einsum" if past is not None else self.implementation,
+            dropout_rate=config.attention_dropout,
+            rngs=rngs,
+        )
+        return self.out(y_BxTxHxK.reshape(*x_BxTxD.shape[:2], -1)), past
+
+
+class GatedMlp(nnx.Module):
+    """Feed-forward block with a gate (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, make: Maker):
+        self.activation, bias = config.hidden_act, config.mlp_bias
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate = make.linear(width, inner, use_bias=bias)
+        self.up = make.linear(width, inner, use_bias=bias)
+        self.down = make.linear(inner, width, use_bias=bias)
+
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Transforms every token by itself; the shape stays."""
+        return self.down(ACTIVATIONS[self.activation](self.gate(x_BxTxD)) * self.up(x_BxTxD))
+
+
+class Layer(nnx.Module):
+    """One transformer block; norms come first."""
+
+    def __init__(self, config: LlamaConfig, implementation: str, make: Maker):
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.attention_norm = _rms_norm(make, width, eps)
+        self.attention = Attention(config, implementation, make)
+        self.mlp_norm = _rms_norm(make, width, eps)
+        self.mlp = GatedMlp(config, make)
+
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        mask_BxTxS: jax.Array,
+        rotation: tuple[jax.Array, ...],
+        past: Past | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, Past | None]:
+        """Attention, then feed-forward; the shape stays."""
+        y_BxTxD, past = self.attention(
+            self.attention_norm(x_BxTxD), mask_BxTxS, rotation, past, rngs
+        )
+        x_BxTxD += y_BxTxD.astype(x_BxTxD.dtype)
+        return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)).astype(x_BxTxD.dtype), past
+
+
+class Decoder(nnx.Module):
+    """A decoder of LLaMA's kind without a head.
+
+    Args:
+      config: the architecture.
+      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
+        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
+      dtype: of matrix products and activations; norms' statistics, softmax and the turning by
+        positions are float32.
+      param_dtype: of the stored parameters.
+      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
+      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
+
+    Raises:
+      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        attention: str = "einsum",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        check_attention(attention, config.attention_dropout)
+        make = Maker(dtype, param_dtype, rngs)
+        self.config, self.remat, self.dtype = config, remat, make.dtype
+        self.word = WordTable(
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=make.param_dtype,
+            embedding_init=kernel_init,
+            rngs=rngs,
+        )
+        self.layers = nnx.List(
+            [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
+        )
+        self.norm = _rms_norm(make, config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Any:
+        """Decodes a batch, a sequence a row, or several.
+
+        Args:
+          input_ids_BxT: int token ids, padded on either side.
+          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
+            number up to their own column: 1 where a row is one sequence; else sequences are
+            numbered.
+          position_ids_BxT: int positions in each sequence, from 0; None: the real tokens of each
+            row are counted, those in the cache included.
+          cache: of the columns before; T more are written to it.
+          rngs: stream `dropout` turns dropout on; None is deterministic.
+
+        Returns:
+          Hidden states of shape (B, T, D) in the compute dtype; with a cache, (states, cache).
+
+        Raises:
+          LoraxError: the cache has no room.
+        """
+        seen = columns(attention_mask_BxT, cache)
+        if position_ids_BxT is None:
+            position_ids_BxT = count_positions(attention_mask_BxT, cache)
+        frequencies_F = self.config.rope.frequencies(self.config.head_dim)
+        rotation = rotation_at(jnp.asarray(position_ids_BxT), frequencies_F)
+        masks = {window: seen.may_attend(window) for window in set(self.config.windows)}
+        x_BxTxD, pasts = run_layers(
+            self.layers,
+            self.word(jnp.asarray(input_ids_BxT)).astype(self.dtype),
+            [masks[window] for window in self.config.windows],
+            rotation,
+            cache,
+            rngs=rngs,
+            remat=self.remat,
+        )
+        x_BxTxD = self.norm(x_BxTxD)
+        return x_BxTxD if cache is None else (x_BxTxD, grown(pasts, seen))
+
+
+_LAYER = r"decoder\.layers\.(\d+)"
+_RULES = (
+    Rule(r"decoder\.word", "model.embed_tokens"),
+    Rule(rf"{_LAYER}\.attention_norm", r"model.layers.\1.input_layernorm"),
+    Rule(rf"{_LAYER}\.mlp\.(gate|up|down)", r"model.layers.\1.mlp.\2_proj"),
+    Rule(rf"{_LAYER}\.mlp_norm", r"model.layers.\1.post_attention_layernorm"),
+    Rule(r"decoder\.norm", "model.norm"),
+    Rule(r"lm_head", "lm_head"),
+)
+_ATTENTION = tuple(
+    Rule(rf"{_LAYER}\.attention\.{ours}", rf"model.layers.\1.self_attn.{theirs}")
+    for ours, theirs in (
+        ("query", "q_proj"),
+        ("key", "k_proj"),
+        ("value", "v_proj"),
+        ("out", "o_proj"),
+        ("query_norm", "q_norm"),
+        ("key_norm", "k_norm"),
+    )
+)
+_FAMILY = Family(
+    config=LlamaConfig,
+    network=Decoder,
+    rules=_ATTENTION + _RULES,
+    prefix="model",
+    head=("score",),
+    # The head of a checkpoint whose output layer is its embeddings, and what older ones stored.
+    unneeded=r"lm_head\.weight|score\.weight|(.+\.)?rotary_emb\.inv_freq",
+)
+FAMILIES = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _FAMILY)

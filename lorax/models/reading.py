@@ -1,0 +1,33 @@
+"""What a head reads of the last layer: a layer computes no more than that."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class FirstTokens(NamedTuple):
+    """Asks for the first token of each sequence alone.
+
+    Attributes:
+      places: (N,) of them in the rows laid end to end; None where each row is a sequence.
+    """
+
+    places: jax.Array | None
+
+    def tokens(self, x_BxTxD: jax.Array) -> jax.Array:
+        """What is asked for, of states, masks or positions: (N, 1, D)."""
+        if self.places is None:
+            return x_BxTxD[:, :1]
+        return x_BxTxD.reshape(-1, x_BxTxD.shape[-1])[self.places][:, None]
+
+    def rows(self, x_BxSxHxK: jax.Array) -> jax.Array:
+        """The rows that they lie in: (N, S, H, K)."""
+        if self.places is None:
+            return x_BxSxHxK
+        rows, tokens = x_BxSxHxK.shape[:2]
+        # A product: its gradient is one, too, which adds in the same order on every device.
+        is_in_NxB = jax.nn.one_hot(self.places // tokens, rows, dtype=x_BxSxHxK.dtype)
+        return jnp.einsum(
+            "nb,bshk->nshk", is_in_NxB, x_BxSxHxK, precision=jax.lax.Precision.HIGHEST
+        )

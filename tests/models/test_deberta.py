@@ -1,0 +1,275 @@
+"""DeBERTa-v2 against `transformers`' own, and several sequences in a row against each alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lorax import data
+from lorax.errors import LoraxError
+from lorax.lora import LoraSpec, resolve
+from lorax.models import SequenceClassifier, hf_module
+from lorax.models.classifier import POOLINGS
+from lorax.models.deberta import DebertaConfig, relative_rows
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 32,
+}
+V3 = {
+    "relative_attention": True,
+    "pos_att_type": "p2c|c2p",
+    "share_att_key": True,
+    "position_buckets": 6,
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+}
+CONFIG = {"model_type": "deberta-v2", **SIZES}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LENGTHS = (3, 17, 9, 1, 12, 6, 20, 5)
+UNSHARED = V3 | {"share_att_key": False}
+VARIANTS = [
+    V3,
+    {},
+    {"norm_rel_ebd": "layer_norm", "pos_att_type": ["c2p"], "type_vocab_size": 2},
+    UNSHARED | {"type_vocab_size": 3, "embedding_size": 16, "position_biased_input": True},
+    UNSHARED | {"pos_att_type": ["c2p"], "norm_rel_ebd": "none", "hidden_act": "relu"},
+    UNSHARED | {"pos_att_type": ["p2c"], "position_buckets": -1, "max_relative_positions": 3},
+    V3 | {"position_buckets": -1, "num_attention_heads": 1, "layer_norm_eps": 1e-5},
+    V3 | {"pos_att_type": "p2c", "embedding_size": 32, "num_attention_heads": 6},
+    V3 | {"position_buckets": 5, "max_relative_positions": 7, "num_hidden_layers": 1},
+    V3 | {"pos_att_type": [], "position_biased_input": True},
+]
+
+
+@pytest.fixture
+def write_deberta(tmp_path):
+    """Writes a random checkpoint of `transformers` to `tmp_path` and returns the torch model."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+
+    def write(*, head=False, **options):
+        config = transformers.DebertaV2Config(**(SIZES | options))
+        torch.manual_seed(0)
+        name = "DebertaV2ForSequenceClassification" if head else "DebertaV2Model"
+        model = getattr(transformers, name)(config).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.15)
+        model.save_pretrained(tmp_path)
+        return model
+
+    return write
+
+
+def ragged(batch, side, options):
+    types = max(options.get("type_vocab_size", 0), 1)
+    return batch("bert", side=side, types=types, lengths=(29, 9, 1, 17))
+
+
+def torch_outputs(model, arrays):
+    torch = pytest.importorskip("torch")
+    ids, mask, types = (torch.tensor(x, dtype=torch.long) for x in arrays)
+    return model(input_ids=ids, attention_mask=mask, token_type_ids=types)
+
+
+def classifier(pooling="mean", attention="einsum", remat=False, **options):
+    """A model with large random weights, biases and relative positions among them."""
+    model = SequenceClassifier(
+        DebertaConfig.from_hf(CONFIG | options),
+        3,
+        pooling=pooling,
+        attention=attention,
+        remat=remat,
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    large = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, large))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("options", VARIANTS)
+def test_hidden_states_equal_transformers(write_deberta, load, batch, options, side):
+    model = write_deberta(**options)
+    arrays = ragged(batch, side, options)
+    want = torch_outputs(model, arrays).last_hidden_state.detach().numpy()
+    np.testing.assert_allclose(load().encoder(*arrays), want, rtol=0, atol=1e-5)  # padding's, too
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("options", VARIANTS)
+def test_logits_equal_transformers(write_deberta, load, batch, options, side):
+    model = write_deberta(head=True, num_labels=3, **options)
+    arrays = ragged(batch, side, options)
+    want = torch_outputs(model, arrays).logits.detach().numpy()
+    np.testing.assert_allclose(load(3, pooling="pooler")(*arrays), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(256, 512), (6, 32), (5, 7), (-1, 512), (-1, 9)])
+def test_rows_equal_transformers(buckets, farthest):
+    modeling = pytest.importorskip("transformers.models.deberta_v2.modeling_deberta_v2")
+    torch = pytest.importorskip("torch")
+    options = {"position_buckets": buckets, "max_relative_positions": farthest}
+    config = DebertaConfig.from_hf(CONFIG | V3 | options)
+    states = torch.zeros(600, 1)
+    found = modeling.build_relative_position(states, states, buckets, farthest)[0].numpy()
+    want = np.clip(found + config.span, 0, 2 * config.span - 1)
+    np.testing.assert_array_equal(relative_rows(config, jnp.arange(600)[None])[0], want)
+
+
+@pytest.mark.parametrize("options", [V3, UNSHARED])
+def test_query_gradient_equals_torch(write_deberta, load, batch, options):
+    model = write_deberta(head=True, num_labels=3, **options)
+    arrays = ragged(batch, "right", options)
+    torch_outputs(model, arrays).logits.square().sum().backward()
+    theirs = model.deberta.encoder
+    graphdef, state = nnx.split(load(3, pooling="pooler"))
+    params = nnx.to_pure_dict(state)
+    grads = jax.jit(jax.grad(lambda p: jnp.square(nnx.merge(graphdef, p)(*arrays)).sum()))(params)
+    encoder = grads["encoder"]
+    for got, weight in (
+        (encoder["layers"][0]["attention"]["query"]["kernel"].T,
+         theirs.layer[0].attention.self.query_proj.weight),
+        (encoder["layers"][1]["attention"]["query"]["kernel"].T,
+         theirs.layer[1].attention.self.query_proj.weight),
+        (encoder["relative"]["embedding"], theirs.rel_embeddings.weight),
+    ):  # fmt: skip
+        want = weight.grad.numpy()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_every_parameter_has_its_torch_name(write_deberta, load, options):
+    theirs = dict(write_deberta(head=True, num_labels=3, **options).named_parameters())
+    state = nnx.to_pure_dict(nnx.state(load(3, pooling="pooler")))
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    ours = [".".join(str(key.key) for key in path) for path in paths]
+    assert sorted(hf_module(path, "deberta-v2") for path in ours) == sorted(theirs)
+
+
+def test_the_head_drops_at_its_own_rate(batch):
+    model = classifier("pooler", cls_dropout=0.5, **V3, **NO_DROPOUT)
+    arrays, rngs = ragged(batch, "right", V3), nnx.Rngs(dropout=0)
+    assert not np.allclose(model(*arrays), model(*arrays, rngs=rngs))
+    assert rngs.dropout.count[...] == 1
+
+
+@pytest.fixture
+def encoded():
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(2, 50, n).astype(np.int32) for n in LENGTHS]
+    types = [(np.arange(n) > n // 2).astype(np.int32) for n in LENGTHS]
+    return data.Encoded(ids, types, np.zeros(len(LENGTHS), np.int32))
+
+
+def packed_outputs(model, encoded):
+    layout = data.choose_layout(encoded.lengths, len(LENGTHS) + 2)
+    placed = data.fit(encoded.lengths, layout.row_length)
+    assert len(placed) < 5 < len(LENGTHS)
+    batch = data.collate(encoded, np.arange(len(LENGTHS)), placed, layout, rows=len(placed) + 1)
+    outputs = model(
+        batch["input_ids"],
+        batch["segment_ids"],
+        batch["token_type_ids"],
+        position_ids_BxT=batch["position_ids"],
+        first_tokens_N=batch["first_tokens"],
+    )
+    assert jnp.isfinite(outputs).all()
+    return np.asarray(outputs)[: len(LENGTHS)]
+
+
+@pytest.mark.parametrize("options", [V3, UNSHARED | {"position_biased_input": True}])
+@pytest.mark.parametrize(("attention", "remat"), [("einsum", True), ("xla", False)])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_packed_rows_equal_a_sequence_a_row(encoded, pooling, attention, remat, options):
+    options = {"type_vocab_size": 2, **options, **NO_DROPOUT}
+    model = classifier(pooling, attention, remat, **options)
+    padded = data.pad(encoded, np.arange(len(LENGTHS)))
+    inputs = (padded[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
+    alone = np.asarray(model(*inputs))
+    assert np.ptp(alone, axis=0).min() > 0.05
+    np.testing.assert_allclose(packed_outputs(model, encoded), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_xla_attention_equals_einsum(batch, side):
+    arrays = ragged(batch, side, V3)
+    plain, fused = (
+        classifier("pooler", attention=a, **V3, **NO_DROPOUT)(*arrays) for a in ("einsum", "xla")
+    )
+    np.testing.assert_allclose(fused, plain, atol=1e-6)
+
+
+def test_an_empty_sequence_gives_finite_logits():
+    ids = jnp.ones((1, 4), jnp.int32)
+    assert jnp.isfinite(classifier(**V3)(ids, jnp.zeros_like(ids))).all()
+
+
+@pytest.mark.usefixtures("mixed")
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("attention", ["einsum", "xla"])
+def test_bf16_is_finite_and_close(write_deberta, load, batch, attention, param_dtype):
+    write_deberta(**V3)
+    arrays = ragged(batch, "right", V3)
+    options = {"attention": attention, "dropout": 0.0}
+    half = load(dtype=jnp.bfloat16, param_dtype=param_dtype, **options)
+    assert half.encoder.relative.embedding.dtype == param_dtype
+    assert half.encoder(*arrays).dtype == jnp.bfloat16
+    assert half(*arrays).dtype == jnp.float32
+    real = arrays[1].astype(bool)
+    got = np.asarray(half.encoder(*arrays)[real], np.float32)
+    want = np.asarray(load(**options).encoder(*arrays)[real])
+    assert np.abs(got - want).mean() < 0.02 * np.abs(want).mean()
+
+
+@pytest.mark.parametrize("site", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_each_dropout_acts_alone(batch, site):
+    arrays = ragged(batch, "right", V3)
+    model = classifier("pooler", remat=True, **V3, **(NO_DROPOUT | {site: 0.5}))
+    assert not np.allclose(model(*arrays), model(*arrays, rngs=nnx.Rngs(dropout=0)))
+
+
+@pytest.mark.parametrize(
+    ("targets", "a_layer"), [("q", 1), ("qv", 2), ("qkvo", 4), ("mlp", 2), ("all-linear", 6)]
+)
+def test_lora_groups_resolve(targets, a_layer):
+    base = nnx.to_pure_dict(nnx.state(classifier(**V3)))
+    found = resolve(base, LoraSpec(rank=2, targets=targets))
+    assert len(found) == a_layer * SIZES["num_hidden_layers"]
+    assert all(path.startswith("encoder.layers.") for path in found)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("model_type", "deberta"),
+        ("hidden_act", "swiglu"),
+        ("conv_kernel_size", 3),
+        ("norm_rel_ebd", "batch_norm"),
+        ("pooler_dropout", 0.1),
+        ("pooler_hidden_act", "tanh"),
+        ("pooler_hidden_size", 12),
+        ("pos_att_type", "c2p|p2p"),
+    ],
+)
+def test_unserved_options_are_refused_by_name(option, value):
+    with pytest.raises(LoraxError, match=option):
+        DebertaConfig.from_hf(CONFIG | {option: value})
+
+
+def test_sizes_are_refused_by_name():
+    with pytest.raises(LoraxError, match=r"hidden_size=24 .* num_attention_heads=5"):
+        DebertaConfig.from_hf(CONFIG | {"num_attention_heads": 5})
+    long = jnp.full((1, 33), 5, jnp.int32)
+    model = classifier(**V3)
+    assert jnp.isfinite(model(long[:, :32], long[:, :32])).all()
+    with pytest.raises(LoraxError, match="has 32 positions"):
+        model(long, long)

@@ -1,0 +1,150 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
+
+from lorax.errors import LoraxError
+from lorax.models.causal_lm import CausalLM
+from lorax.models.llama import FAMILIES, LlamaConfig, Rope
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4}
+VARIANTS = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
+    ("llama", {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-3}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}}),
+    ("llama", {"rope_parameters": LLAMA3}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": 3, "head_dim": 8}),
+    ("qwen2", {}),
+    ("qwen2", {**SLIDING, "max_window_layers": 1}),
+    ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+    ("qwen3", {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}),
+    ("qwen3", {"attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_transformers(tmp_path, variant, side):
+    model_type, options = variant
+    model = write_lm(tmp_path, model_type, **options)
+    ids, mask = ragged(side)
+    want = torch_logits(model, ids, mask).detach().numpy()
+    got = load_lm(tmp_path)(ids, mask)
+    assert got.dtype == jnp.float32
+    real = mask.astype(bool)
+    np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+def test_long_positions_equal_transformers(tmp_path, kind):
+    rope = LLAMA3 | {"rope_type": kind, "original_max_position_embeddings": 2048}
+    options = {"head_dim": 64, "max_position_embeddings": 16384, "rope_parameters": rope}
+    model = write_lm(tmp_path, "llama", **options)
+    ids, mask = ragged(lengths=(400,))
+    positions = np.sort(np.random.default_rng(0).choice(16384, (1, 400), replace=False))
+    want = torch_logits(model, ids, mask, positions).detach().numpy()
+    got = load_lm(tmp_path)(ids, mask, position_ids_BxT=positions.astype(np.int32))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_frequencies_equal_transformers(model_type):
+    modeling = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    rope = LLAMA3 | {"original_max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": rope})
+    want, scale = modeling.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    assert scale == 1
+    got = Rope.from_hf({"rope_parameters": rope, "model_type": model_type}).frequencies(128)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want.numpy(), rtol=3e-7)
+
+
+def test_old_names_of_rotary_options_are_read():
+    old = {k: v for k, v in LLAMA3.items() if k not in ("rope_type", "rope_theta")}
+    for name in ("rope_type", "type"):
+        given = {"rope_theta": 5e5, "rope_scaling": old | {name: "llama3"}}
+        assert Rope.from_hf(given) == Rope.from_hf({"rope_parameters": LLAMA3})
+    assert Rope.from_hf({"rope_scaling": None, "rope_theta": 1e6}) == Rope(theta=1e6)
+    assert Rope.from_hf({}) == Rope()
+
+
+def test_absent_options_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads")}
+    sizes |= {"num_attention_heads": 32, "hidden_size": 64}
+    for model_type in FAMILIES:
+        theirs = transformers.AutoConfig.for_model(model_type, **sizes)
+        ours = LlamaConfig.from_hf(sizes | {"model_type": model_type})
+        assert ours == LlamaConfig.from_hf(theirs.to_dict()), model_type
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("model_type", "gemma"),
+        ("hidden_act", "swiglu"),
+        ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+        ("rope_type", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("rope_type", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
+        ("factor", {"rope_scaling": {"type": "linear"}}),
+        ("partial_rotary_factor", 0.5),
+        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+        ("num_key_value_heads", 3),
+    ],
+)
+def test_unserved_options_are_refused_by_name(option, value):
+    given = value if isinstance(value, dict) else {option: value}
+    with pytest.raises(LoraxError, match=option):
+        LlamaConfig.from_hf({"model_type": "llama", **LLAMA, **given})
+
+
+def test_a_layer_type_that_is_not_served_is_refused():
+    for name in ("chunked_attention", "sliding_attention"):
+        with pytest.raises(LoraxError, match=name):
+            LlamaConfig.from_hf({"model_type": "qwen3", **LLAMA, "layer_types": [name] * 2})
+
+
+def test_absent_sizes_are_named():
+    with pytest.raises(LoraxError, match="no hidden_size"):
+        LlamaConfig.from_hf({"model_type": "llama", "vocab_size": 3, "num_hidden_layers": 1})
+
+
+def test_attention_dropout_acts_and_needs_einsum():
+    from flax import nnx
+
+    config = LlamaConfig.from_hf({"model_type": "llama", **LLAMA, "attention_dropout": 0.5})
+    model, (ids, mask) = CausalLM(config, rngs=nnx.Rngs(0)), ragged()
+    assert not np.allclose(model(ids, mask), model(ids, mask, rngs=nnx.Rngs(dropout=0)), atol=1e-6)
+    with pytest.raises(LoraxError, match="cannot drop attention"):
+        CausalLM(config, attention="xla", rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_xla_attention_equals_einsum(tmp_path, side):
+    write_lm(tmp_path, "qwen3")
+    ids, mask = ragged(side)
+    real = mask.astype(bool)
+    got, want = (load_lm(tmp_path, attention=name)(ids, mask)[real] for name in ("xla", "einsum"))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.usefixtures("mixed")
+def test_norms_and_softmax_are_float32_under_bf16(tmp_path):
+    write_lm(tmp_path, "qwen3")
+    jaxpr = str(jax.make_jaxpr(load_lm(tmp_path, dtype=jnp.bfloat16))(*ragged()))
+    lines = [line for line in jaxpr.splitlines() if " = exp " in line or " = rsqrt " in line]
+    assert lines
+    assert all("f32" in line and "bf16" not in line for line in lines)
