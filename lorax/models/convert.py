@@ -68,7 +68,7 @@ def _find(path: str, model_type: str) -> tuple[Rule, str]:
 
 def _strip(name: str, prefix: str) -> str:
     """A tensor's name without the base model's prefix, and in today's spelling."""
-    name = name.removeprefix(f"{prefix}.") if prefix else name
+    name = re.sub(rf"^({prefix}|bert|roberta)\.", "", name)  # the latter two on either's names
     for pattern, replacement in _SPELLINGS:
         name = re.sub(pattern, replacement, name)
     return name

@@ -54,7 +54,7 @@ def test_a_path_outside_the_table_is_refused():
         hf_module("encoder.conv.kernel", "bert")
 
 
-@pytest.mark.parametrize("prefix", ["bert.", ""])
+@pytest.mark.parametrize("prefix", ["bert.", "roberta.", ""])
 def test_prefixes_and_old_names(write_checkpoint, load, edit, prefix):
     write_checkpoint()
     plain = load()
