@@ -1,14 +1,14 @@
 """Flax NNX encoders and decoders, and the checkpoints they load."""
 
 from lorax.models.bert import BertConfig, Encoder
-from lorax.models.build import abstract_model, load_config, load_model
-from lorax.models.build_causal_lm import load_causal_lm
+from lorax.models.build import abstract_model, load_config
 from lorax.models.causal_lm import CausalLM, KVCache
 from lorax.models.classifier import Head, SequenceClassifier
 from lorax.models.convert import convert, hf_module, is_transposed
 from lorax.models.families import DECODERS, ENCODERS, FAMILIES, family_of
 from lorax.models.hub import load_checkpoint, resolve_source
 from lorax.models.quantization import KINDS, Quantized, dequantize, quantize
+from lorax.models.weights import load_causal_lm, load_model
 
 __all__ = [
     "DECODERS",

@@ -110,6 +110,7 @@ class SequenceClassifier(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ):
+        self.config = config
         self.encoder = family_of(config.model_type).network(
             config,
             attention=attention,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -115,3 +115,20 @@ def rule_of(rules: tuple[Rule, ...], module: str) -> tuple[Rule, str] | None:
         if match := re.fullmatch(rule.ours, module):
             return rule, match.expand(rule.theirs)
     return None
+
+
+def dropout_rates(config: Any) -> dict[str, float | None]:
+    """The fields of a family's config that are rates of dropout."""
+    names = [field.name for field in fields(config) if "drop" in field.name]
+    return {name: getattr(config, name) for name in names}
+
+
+def with_dropout(config: Any, rate: float) -> Any:
+    """The config with all rates of dropout replaced.
+
+    Raises:
+      LoraxError: a rate outside [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise LoraxError(f"model.dropout={rate} is not in [0, 1)")
+    return replace(config, **dict.fromkeys(dropout_rates(config), rate))

@@ -4,7 +4,6 @@ Shapes in names: B rows, T tokens, S attended columns (= T without a cache), D w
 K width of a head.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +102,10 @@ class Gpt2Config:
         """As many as the queries'."""
         return self.num_attention_heads
 
-    def with_dropout(self, rate: float) -> "Gpt2Config":
-        """With all rates replaced."""
-        return dataclasses.replace(self, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
+    @property
+    def max_length(self) -> int:
+        """Most tokens a sequence."""
+        return self.max_position_embeddings
 
 
 class Attention(nnx.Module):

@@ -144,6 +144,7 @@ class LlamaConfig:
     num_attention_heads: int
     intermediate_size: int
     model_type: str = "llama"
+    max_position_embeddings: int = 2048
     num_key_value_heads: int = 0
     head_dim: int = 0
     hidden_act: str = "silu"
@@ -193,9 +194,10 @@ class LlamaConfig:
         found |= {"rope": Rope.from_hf(config), "windows": _windows(kind, config)}
         return cls(**found)
 
-    def with_dropout(self, rate: float) -> "LlamaConfig":
-        """With all rates replaced."""
-        return dataclasses.replace(self, attention_dropout=rate)
+    @property
+    def max_length(self) -> int:
+        """Most tokens a sequence that the base was made for."""
+        return self.max_position_embeddings
 
 
 def _windows(kind: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lorax.config import ModelConfig
-from lorax.models.build_causal_lm import load_causal_lm
+from lorax.models import load_causal_lm
 
 LLAMA = {
     "vocab_size": 61,

@@ -13,7 +13,7 @@ from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, adapt, init, resolve
 from lorax.lora.paths import leaves_by_path
-from lorax.models.build_causal_lm import load_causal_lm
+from lorax.models import load_causal_lm
 from lorax.models.causal_lm import CausalLM, KVCache
 from lorax.models.convert import hf_module, is_transposed
 from lorax.models.families import DECODERS
@@ -254,7 +254,7 @@ def test_weights_without_use_are_left(written, load, tmp_path, model_type):
 
 def test_what_is_no_decoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(LoraxError, match=r"'bert' is no decoder; they are: .*llama"):
+    with pytest.raises(LoraxError, match=r"'bert' is an encoder; .* takes one of: .*llama"):
         load_causal_lm(ModelConfig(source=str(tmp_path)))
 
 
