@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lorax.data.examples import Examples
+from lorax.data.files import read_text
 from lorax.data.tasks import Task
 from lorax.errors import LoraxError
 
@@ -87,15 +88,7 @@ def read_tsv(task: Task, path: Path) -> Examples:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise LoraxError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        text = data.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise LoraxError(f"{path}:{line}: not UTF-8 ({error.reason})") from error
+    text = read_text(path).rstrip("\r\n")
     if not text:
         raise LoraxError(f"{path}: empty file")
     return [line.removesuffix("\r") for line in text.split("\n")]

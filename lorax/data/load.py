@@ -1,10 +1,15 @@
 import os
+from pathlib import Path
 
+from lorax.data.documents import Documents
+from lorax.data.e2e import load_e2e
 from lorax.data.examples import Examples
 from lorax.data.glue import find_folder, read_tsv
 from lorax.data.hub import load_hub_split
+from lorax.data.instructions import load_instructions
 from lorax.data.reviews import load_reviews
 from lorax.data.tasks import Task, get_task
+from lorax.data.text_file import load_text
 from lorax.errors import LoraxError
 
 
@@ -16,18 +21,57 @@ def load_split(task: Task | str, split: str, data_dir: str | os.PathLike | None 
     from the hub. `reviews` is taken from the fetched assets.
 
     Args:
-      task: a task or its name.
+      task: a task of examples, or its name.
       split: one of `task.splits`.
       data_dir: GLUE's root or the task's own folder.
 
     Raises:
       LoraxError: unknown task or split, data not found, or a malformed row.
     """
-    task = get_task(task) if isinstance(task, str) else task
-    if split not in task.splits:
-        known = ", ".join(task.splits)
-        raise LoraxError(f"task {task.name} has no labelled split {split!r}; known: {known}")
+    task = _checked(task, split)
+    if task.kind == "causal_lm":
+        raise LoraxError(f"task {task.name} has documents without labels: use load_documents")
     if task.name == "reviews":
         return load_reviews(split, data_dir)
     folder = find_folder(task, data_dir)
     return read_tsv(task, folder / f"{split}.tsv") if folder else load_hub_split(task, split)
+
+
+def load_documents(
+    task: Task | str,
+    split: str,
+    data_dir: str | os.PathLike | None,
+    base: str | os.PathLike | None = None,
+) -> Documents:
+    """Reads one split of a task of kind `causal_lm`; docs/data.md has the formats.
+
+    Args:
+      task: a task or its name.
+      split: one of `task.splits`.
+      data_dir: the user's file or folder.
+      base: the folder of the tokenizer. Chats need it for their template, E2E for the token
+        between prompt and reference.
+
+    Raises:
+      LoraxError: unknown task or split, no `data_dir`, or a missing or malformed file.
+    """
+    task = _checked(task, split)
+    if task.kind != "causal_lm":
+        raise LoraxError(f"task {task.name} has labelled examples: use load_split")
+    if data_dir is None:
+        raise LoraxError(f"task {task.name} reads your own files: set task.data_dir")
+    path, folder = Path(data_dir), None if base is None else Path(base)
+    if not path.exists():
+        raise LoraxError(f"task.data_dir={str(path)!r}: no such file or folder")
+    if task.name == "text":
+        return load_text(split, path)
+    reader = load_e2e if task.name == "e2e" else load_instructions
+    return reader(split, path, folder)
+
+
+def _checked(task: Task | str, split: str) -> Task:
+    task = get_task(task) if isinstance(task, str) else task
+    if split not in task.splits:
+        known = ", ".join(task.splits)
+        raise LoraxError(f"task {task.name} has no labelled split {split!r}; known: {known}")
+    return task

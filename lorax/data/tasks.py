@@ -9,15 +9,16 @@ from lorax.errors import LoraxError
 
 @dataclass(frozen=True)
 class Task:
-    """A text task: one or two texts in, a class or a score out.
+    """A text task: one or two texts in, a class or a score out; or documents to go on with.
 
     Attributes:
       name: key of `TASKS`, and the configuration's name on the hub.
-      folder: the task's folder in GLUE's layout.
-      text_columns: one or two columns of the TSV file.
+      folder: the task's folder in GLUE's layout; elsewhere empty.
+      text_columns: one or two columns of the TSV file; none of documents.
       label_column: the column of the label or score.
-      kind: `classification` or `regression`.
-      labels: class names in official order; empty for regression.
+      kind: `classification` or `regression`, of `load_split`'s examples; or `causal_lm`, the next
+        token of `load_documents`' documents.
+      labels: class names in official order; empty for other kinds.
       metrics: the first one chooses the best epoch.
       dev_splits: splits scored while training; the first one chooses the best epoch.
       test_splits: labelled splits that choose nothing.
@@ -30,10 +31,10 @@ class Task:
     """
 
     name: str
-    folder: str
-    text_columns: tuple[str, ...]
+    folder: str = ""
+    text_columns: tuple[str, ...] = ()
     label_column: str = "label"
-    kind: Literal["classification", "regression"] = "classification"
+    kind: Literal["classification", "regression", "causal_lm"] = "classification"
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("accuracy",)
     dev_splits: tuple[str, ...] = ("dev",)
@@ -46,8 +47,8 @@ class Task:
 
     @property
     def num_outputs(self) -> int:
-        """Width of the head: the number of classes, or 1 for regression."""
-        return len(self.labels) or 1
+        """Width of the head: the number of classes, 1 for regression, 0 (no head) for causal_lm."""
+        return 0 if self.kind == "causal_lm" else len(self.labels) or 1
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -57,6 +58,7 @@ class Task:
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
+_NEXT_TOKEN = ("perplexity", "token_accuracy")
 
 _ALL = (
     Task(
@@ -140,6 +142,9 @@ _ALL = (
         labels=("negative", "positive"),
         test_splits=("test",),
     ),
+    Task(name="text", kind="causal_lm", metrics=_NEXT_TOKEN),
+    Task(name="instructions", kind="causal_lm", metrics=_NEXT_TOKEN),
+    Task(name="e2e", kind="causal_lm", metrics=_NEXT_TOKEN, test_splits=("test",)),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
@@ -157,7 +162,7 @@ def get_task(name: str) -> Task:
     Traceback (most recent call last):
       ...
     lorax.errors.LoraxError: unknown task.name 'mprc': did you mean 'mrpc'? Known: cola, sst2, \
-mrpc, stsb, rte, wnli, qnli, qqp, mnli, reviews
+mrpc, stsb, rte, wnli, qnli, qqp, mnli, reviews, text, instructions, e2e
     """
     if name in TASKS:
         return TASKS[name]

@@ -13,17 +13,21 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
 
+from lorax.data.documents import Documents, encode_documents, warn_of_dropped
 from lorax.data.examples import Examples
 from lorax.data.tokenize import Encoded, encode
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # to raise when `encode` gives other tokens for the same texts, or the file changes
+FORMAT = 1  # to raise when other tokens are made of the same texts, or the file changes
 MOST_BYTES = 2 * 2**30
 OURS = re.compile(r"tokens-[0-9a-f]{64}(\.npz|-.+\.partial)")
 OFF = ("off", "false", "no", "none", "0")
@@ -63,12 +67,58 @@ def encode_cached(
     Raises:
       LoraxError: see `encode`.
     """
+    encoded = _kept(
+        folder,
+        key_of(content, examples, max_length),
+        lambda: encode(tokenizer, examples, max_length),
+        len(examples),
+    )
+    return replace(encoded, labels=examples.labels)
+
+
+def encode_documents_cached(
+    tokenizer: tokenizers.Tokenizer,
+    content: bytes,
+    documents: Documents,
+    max_length: int,
+    folder: Path | None,
+    *,
+    eos_id: int | None = None,
+) -> Encoded:
+    """The same as `encode_documents`, kept as `encode_cached` keeps.
+
+    Documents that are left out are counted in a warning.
+
+    Args:
+      tokenizer: from `load_tokenizer`.
+      content: the `tokenizer.json` that it was loaded from.
+      documents: see `encode_documents`.
+      max_length: see `encode_documents`.
+      folder: from `token_dir`.
+      eos_id: see `encode_documents`.
+
+    Raises:
+      LoraxError: see `encode_documents`.
+    """
+    encoded = _kept(
+        folder,
+        key_of_documents(content, documents, max_length, eos_id),
+        lambda: encode_documents(tokenizer, documents, max_length, eos_id=eos_id),
+    )
+    warn_of_dropped(documents, encoded, max_length)
+    return encoded
+
+
+def _kept(
+    folder: Path | None, key: str, compute: Callable[[], Encoded], size: int | None = None
+) -> Encoded:
+    """What `compute` gives, from the file of `key`; `size` is how many it must hold."""
     if folder is None:
-        return encode(tokenizer, examples, max_length)
-    path = folder / f"tokens-{key_of(content, examples, max_length)}.npz"
-    if (kept := _read(path, examples)) is not None:
+        return compute()
+    path = folder / f"tokens-{key}.npz"
+    if (kept := _read(path, size)) is not None:
         return kept
-    encoded = encode(tokenizer, examples, max_length)
+    encoded = compute()
     try:
         _write(path, encoded)
     except OSError as fault:
@@ -80,10 +130,23 @@ def encode_cached(
 
 def key_of(content: bytes, examples: Examples, max_length: int) -> str:
     """A hash of all that token ids follow from; arguments as of `encode_cached`."""
-    head = json.dumps([FORMAT, tokenizers.__version__, max_length]).encode()
     columns = [column for column in (examples.first, examples.second) if column is not None]
+    return _digest([max_length], content, *(part for column in columns for part in _parts(column)))
+
+
+def key_of_documents(
+    content: bytes, documents: Documents, max_length: int, eos_id: int | None
+) -> str:
+    """A hash of all that token ids follow from; arguments as of `encode_documents_cached`."""
+    options = [max_length, documents.form, eos_id]
+    spans = json.dumps(documents.targets).encode()
+    return _digest(options, content, *_parts(documents.texts), spans)
+
+
+def _digest(options: list[Any], *parts: bytes) -> str:
+    head = json.dumps([FORMAT, tokenizers.__version__, *options]).encode()
     digest = hashlib.sha256()
-    for part in (head, content, *(part for column in columns for part in _parts(column))):
+    for part in (head, *parts):
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.hexdigest()
@@ -95,10 +158,10 @@ def _parts(texts: list[str]) -> tuple[bytes, bytes]:
     return lengths.tobytes(), "".join(texts).encode("utf-8", "surrogatepass")
 
 
-def _read(path: Path, examples: Examples) -> Encoded | None:
+def _read(path: Path, size: int | None) -> Encoded | None:
     try:
         ids, types, lengths = _load(path)
-        if lengths.shape != (len(examples),) or not ids.shape == types.shape == (lengths.sum(),):
+        if size not in (None, len(lengths)) or not ids.shape == types.shape == (lengths.sum(),):
             raise ValueError("its arrays do not fit together")
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -111,7 +174,7 @@ def _read(path: Path, examples: Examples) -> Encoded | None:
     return Encoded(
         [ids[start:end] for start, end in bounds],
         [types[start:end] for start, end in bounds],
-        examples.labels,
+        np.zeros(len(bounds), np.int32),
     )
 
 

@@ -17,8 +17,9 @@ class Encoded:
 
     Attributes:
       input_ids: N arrays of int32, special tokens included.
-      token_type_ids: N arrays of int32, the same lengths.
-      labels: (N,) int32 class ids, or float32 scores.
+      token_type_ids: N arrays of int32, the same lengths. Of documents: 1 for a token that is to be
+        predicted, 0 for one that is given.
+      labels: (N,) int32 class ids, or float32 scores; zeros of documents.
     """
 
     input_ids: list[np.ndarray]

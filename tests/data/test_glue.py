@@ -6,7 +6,7 @@ from lorax.data import glue as glue_module
 from lorax.data.glue import find_folder
 from lorax.errors import LoraxError
 
-GLUE = [name for name in TASKS if name != "reviews"]
+GLUE = [name for name, task in TASKS.items() if task.text_columns and name != "reviews"]
 
 COUNTS = {
     "cola": (8551, 1043),

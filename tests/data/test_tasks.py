@@ -3,6 +3,8 @@ import pytest
 from lorax.data import TASKS, get_task
 from lorax.errors import LoraxError
 
+DOCUMENTS = ("text", "instructions", "e2e")
+
 
 def test_official_label_order():
     assert get_task("mnli").labels == ("entailment", "neutral", "contradiction")
@@ -13,6 +15,7 @@ def test_official_label_order():
 
 def test_metrics():
     main = {name: task.metrics[0] for name, task in TASKS.items()}
+    assert {main.pop(name) for name in DOCUMENTS} == {"perplexity"}
     assert main.pop("cola") == "matthews"
     assert main.pop("stsb") == "pearson"
     assert set(main.values()) == {"accuracy"}
@@ -22,11 +25,13 @@ def test_metrics():
 
 def test_outputs_and_splits():
     outputs = {name: task.num_outputs for name, task in TASKS.items()}
+    assert {outputs.pop(name) for name in DOCUMENTS} == {0}
     assert outputs.pop("mnli") == 3
     assert outputs.pop("stsb") == 1
     assert set(outputs.values()) == {2}
     assert get_task("mnli").splits == ("train", "dev_matched", "dev_mismatched")
-    assert get_task("reviews").splits == ("train", "dev", "test")
+    assert get_task("reviews").splits == get_task("e2e").splits == ("train", "dev", "test")
+    assert get_task("text").splits == get_task("instructions").splits == ("train", "dev")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from lorax.data import Examples, encode, encode_cached, find_asset, load_tokeniz
 from lorax.data import token_cache as module
 from lorax.data.token_cache import key_of
 from lorax.errors import LoraxError
-from lorax.train.setup import load_dataset
+from lorax.train.dataset import load_dataset
 
 ANY_TEXTS = st.lists(st.text(max_size=20), max_size=6)
 FIRST = ["a film", "", "na\u00efve \U0001f600"]

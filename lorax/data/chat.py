@@ -1,0 +1,186 @@
+"""Chats as text, by the tokenizer's own template, and what the assistant says in them.
+
+Templates are Jinja, rendered as `transformers` does: the same sandbox, filters and variables
+(https://huggingface.co/docs/transformers/chat_templating_writing).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorax.data.documents import Span
+from lorax.data.files import read_text
+from lorax.data.special_tokens import control_tokens, read_json, special_tokens
+from lorax.errors import LoraxError
+
+if TYPE_CHECKING:
+    import jinja2
+
+# Around what the template marks; Unicode keeps these two from being characters of any text.
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    r"""A tokenizer's chat template.
+
+    Attributes:
+      source: Jinja.
+      special: texts of special tokens, which the template reads by name.
+      controls: texts that no message may hold, since the tokenizer would read them as special
+        tokens and the message would pass for another's.
+
+    >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    ...                         "{% if add_generation_prompt %}assistant: {% endif %}", {}, ())
+    >>> chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    >>> template.render(chat)
+    'user: Hi\nassistant: Hello\n'
+    >>> template.with_spans(chat)
+    ('user: Hi\nassistant: Hello\n', ((20, 26),))
+    """
+
+    source: str
+    special: dict[str, str]
+    controls: tuple[str, ...]
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """A chat as text.
+
+        Args:
+          messages: each with `role` and `content`.
+          add_generation_prompt: end with what comes before the assistant's next words.
+
+        Raises:
+          LoraxError: the template refuses or does not fit them, or a message holds one of
+            `controls`.
+        """
+        self._check(messages)
+        return self._plain(messages, add_generation_prompt)
+
+    def with_spans(self, messages: Sequence[Message]) -> tuple[str, tuple[Span, ...]]:
+        """A chat as text, with the spans [start, end) in characters of the assistant's turns.
+
+        They are what the template marks by `{% generation %}`. In one without it, a turn is what
+        the chat has more, rendered to the end of that turn, than rendered up to it with the
+        generation prompt.
+
+        Raises:
+          LoraxError: see `render`; or a chat's beginning is rendered unlike the beginning of the
+            chat, so that no turn can be told from the rest.
+        """
+        self._check(messages)
+        if self._has_marks:
+            return _unmark(self._marked(messages))
+        whole = self._plain(messages)
+        turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        return whole, tuple(self._turn(messages, n, whole) for n in turns)
+
+    def _turn(self, messages: Sequence[Message], turn: int, whole: str) -> Span:
+        before = self._plain(messages[:turn], True)
+        until = self._plain(messages[: turn + 1])
+        if not (until.startswith(before) and whole.startswith(until)):
+            raise LoraxError(
+                f"messages[{turn}] cannot be told from the rest, as the chat template renders a "
+                "part of the chat in another way than the whole: mark the assistant's words in it "
+                "by {% generation %} ... {% endgeneration %}"
+            )
+        return len(before), len(until)
+
+    def _plain(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        return _unmark(self._marked(messages, add_generation_prompt))[0]
+
+    def _marked(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        given = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        template = self._compiled
+        try:
+            return template.render(
+                messages=given,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special,
+            )
+        except Exception as error:  # a template may raise what it likes
+            raise LoraxError(f"the chat template refuses it ({_line(error)})") from error
+
+    def _check(self, messages: Sequence[Message]) -> None:
+        for number, message in enumerate(messages):
+            if found := next(filter(None, map(self._forbidden.search, _texts(message))), None):
+                raise LoraxError(
+                    f"messages[{number}] holds {found[0]!r}, which the tokenizer reads as a "
+                    "special token: write it in another way"
+                )
+
+    @cached_property
+    def _forbidden(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, (*self.controls, OPEN, CLOSE))))
+
+    @cached_property
+    def _has_marks(self) -> bool:
+        return re.search(r"\{%-?\s*generation\s*-?%\}", self.source) is not None
+
+    @cached_property
+    def _compiled(self) -> "jinja2.Template":
+        from lorax.data.chat_environment import chat_environment
+
+        try:
+            return chat_environment().from_string(self.source)
+        except Exception as error:  # of Jinja, or of what it compiles to
+            raise LoraxError(f"the chat template is no Jinja ({_line(error)})") from error
+
+
+def load_chat_template(folder: Path) -> ChatTemplate:
+    """The template that comes with a tokenizer.
+
+    It is `chat_template.jinja`, else `chat_template` in `chat_template.json` or
+    `tokenizer_config.json`; of several by name the one called `default`.
+
+    Args:
+      folder: of `tokenizer.json` and the files beside it.
+
+    Raises:
+      LoraxError: there is none, or a file is malformed.
+    """
+    return ChatTemplate(_source(folder), special_tokens(folder), tuple(control_tokens(folder)))
+
+
+def _source(folder: Path) -> str:
+    if (folder / "chat_template.jinja").is_file():
+        return read_text(folder / "chat_template.jinja")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_json(folder / name).get("chat_template")
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if isinstance(found, str):
+            return found
+    raise LoraxError(
+        f"{folder}: the tokenizer has no chat template: put one in chat_template.jinja there, or "
+        'give each line as {"prompt": ..., "completion": ...}'
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for part in (*value, *(value.values() if isinstance(value, dict) else ())):
+            yield from _texts(part)
+
+
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _unmark(marked: str) -> tuple[str, tuple[Span, ...]]:
+    """A text without our marks, and where what they enclosed is."""
+    parts = re.split(f"[{OPEN}{CLOSE}]", marked)
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + len(part))
+    spans = [(ends[n], ends[n + 1]) for n in range(1, len(parts), 2)]
+    return "".join(parts), tuple(span for span in spans if span[0] < span[1])

@@ -1,0 +1,20 @@
+from pathlib import Path
+
+from lorax.errors import LoraxError
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, its line ends as they are, without a byte order mark.
+
+    Raises:
+      LoraxError: it cannot be read, or is not UTF-8; then with the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise LoraxError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise LoraxError(f"{path}:{line}: not UTF-8 ({error.reason})") from error

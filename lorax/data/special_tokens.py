@@ -1,0 +1,85 @@
+"""A tokenizer's special tokens by their roles, as Hugging Face's files name them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lorax.data.files import read_text
+from lorax.errors import LoraxError
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The texts of `bos_token`, `eos_token`, `pad_token` and their like.
+
+    `tokenizer_config.json` names them, else `special_tokens_map.json`; the first two may come
+    from the ids in `config.json` as well (GPT-2's own folder names them nowhere else).
+
+    Args:
+      folder: of `tokenizer.json` and the files beside it.
+
+    Raises:
+      LoraxError: a file is not JSON.
+    """
+    named = {**read_json(folder / "special_tokens_map.json")}
+    named |= {k: v for k, v in read_json(folder / "tokenizer_config.json").items() if v is not None}
+    texts = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in named.items()
+        if name.endswith("_token") and isinstance(value, str | dict)
+    }
+    return {**_from_config(folder), **texts}
+
+
+def control_tokens(folder: Path) -> list[str]:
+    """The texts that `tokenizer.json` reads as special tokens wherever they stand."""
+    return [token["content"] for token in _added(folder) if token["special"]]
+
+
+def find_eos_id(tokenizer: Tokenizer, folder: Path) -> int:
+    """The id of the end-of-text token.
+
+    Raises:
+      LoraxError: the files name none, or one that the tokenizer does not have.
+    """
+    name = special_tokens(folder).get("eos_token")
+    number = None if name is None else tokenizer.token_to_id(name)
+    if number is None:
+        raise LoraxError(
+            f"{folder}: eos_token={name!r} is no token: name one in tokenizer_config.json"
+        )
+    return number
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file.
+
+    Raises:
+      LoraxError: it is another thing.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(read_text(path))
+    except ValueError as error:
+        raise LoraxError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise LoraxError(f"{path}: not a JSON object")
+    return found
+
+
+def _added(folder: Path) -> list[dict[str, Any]]:
+    return read_json(folder / "tokenizer.json").get("added_tokens", [])
+
+
+def _from_config(folder: Path) -> dict[str, str]:
+    config = read_json(folder / "config.json")
+    texts = {token["id"]: token["content"] for token in _added(folder)}
+    found = {}
+    for name in ("bos_token", "eos_token"):
+        number = config.get(f"{name}_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and number in texts:
+            found[name] = texts[number]
+    return found
