@@ -13,12 +13,15 @@ from collections.abc import Sequence
 
 from hydra import compose, initialize_config_module
 
+from lorax.errors import LoraxError
 from lorax.sweep import at_the_door, config_of
 from lorax.sweep.memory import alternatives, memory_of, memory_table
 
 
 def main(overrides: Sequence[str]) -> None:
     """Print the table."""
+    if sweeping := [word for word in overrides if word in ("-m", "--multirun")]:
+        raise LoraxError(f"{sweeping[0]}: the table is of one trial; give one value a setting")
     with initialize_config_module("conf", version_base=None):
         trial = config_of(compose("finetune", list(overrides)))
     memory_of(trial)  # first, for what may be wrong with it

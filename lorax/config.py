@@ -13,10 +13,12 @@ class TaskConfig:
     """What is learned.
 
     Attributes:
-      name: a key of `lorax.data.TASKS` (`cola`, `mrpc`, ..., `reviews`).
+      name: a key of `lorax.data.TASKS` (`cola`, `mrpc`, ..., `reviews`; `text`, `instructions`
+        and `e2e` for decoders).
       data_dir: a folder in GLUE's TSV layout; None looks in the places `lorax.data` names and
-        then on the hub.
-      max_length: longest token sequence, special tokens included; longer ones are truncated.
+        then on the hub. Of a decoder's task the file or folder that docs/data.md describes.
+      max_length: longest token sequence, special tokens included; longer ones are truncated, and
+        a `text` is cut into blocks of this length.
       max_train_samples: train on this many examples, a fixed draw that no seed changes.
       max_dev_samples: likewise for each dev split.
     """
@@ -97,7 +99,7 @@ class TrainConfig:
 
     Attributes:
       mode: `lora` (adapter and head), `full` (everything) or `head` (the base as a frozen
-        feature extractor).
+        feature extractor). A language model has no head.
       epochs: passes over the training set.
       max_steps: train for this many optimizer steps, whatever `epochs` says.
       batch_size: examples an optimizer step.

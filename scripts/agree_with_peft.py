@@ -41,18 +41,11 @@ from lorax.config import TrialConfig as Trial
 from lorax.errors import LoraxError
 from lorax.interop import save_peft
 from lorax.train import check_trial, run_trial
+from lorax.train.dataset import Dataset, epoch_steps, load_dataset, total_steps
 from lorax.train.evaluation import predict_all
 from lorax.train.metrics import evaluate
 from lorax.train.schedule import lr_factor
-from lorax.train.setup import (
-    Dataset,
-    Setup,
-    epoch_steps,
-    hyper_of,
-    load_dataset,
-    prepare,
-    total_steps,
-)
+from lorax.train.setup import Setup, hyper_of, prepare
 from lorax.train.step import State, init_state, train_step
 
 FIRST = 50

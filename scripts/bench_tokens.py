@@ -19,7 +19,7 @@ import numpy as np
 from lorax import data
 from lorax.config import ModelConfig, TaskConfig, TrainConfig, TrialConfig
 from lorax.errors import LoraxError
-from lorax.train.setup import load_dataset
+from lorax.train.dataset import load_dataset
 
 MEGABATCH = 50
 COLUMNS = (

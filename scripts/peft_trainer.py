@@ -18,7 +18,7 @@ from lorax import data
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.models import resolve_source
-from lorax.train.setup import Dataset
+from lorax.train.dataset import Dataset
 
 TARGETS = {"qv": ["query", "value"], "qkvo": ["query", "key", "value", "attention.output.dense"]}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -133,7 +133,7 @@ def _check(config: TrialConfig) -> None:
 
 
 def _encoder(config: TrialConfig) -> Any:
-    folder = resolve_source(config.model.source, config.model.revision)
+    folder = resolve_source(config.model.source, config.model.revision, weights=True)
     return transformers.AutoModel.from_pretrained(
         folder,
         add_pooling_layer=False,

@@ -6,27 +6,50 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASICS = {"errors", "config"}
+BASICS = {"errors", "config", "goodness"}
 MAY_IMPORT = {
     "errors": set(),
     "config": set(),
+    "goodness": set(),
     "lock": BASICS,
     "process": set(),
+    "free_memory": set(),
     "trial_id": BASICS,
     "tracking": BASICS,
     "lora": BASICS,
-    "models": BASICS | {"lora"},
+    "models": BASICS | {"free_memory", "lora"},
     "data": BASICS,
+    "generation": BASICS | {"lora", "models", "data"},
     "checkpoint": BASICS | {"lora"},
     "train": BASICS
     | {"process", "lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
     "sweep": BASICS
-    | {"process", "lock", "trial_id", "tracking", "checkpoint", "lora", "data", "train"},
+    | {
+        "process",
+        "free_memory",
+        "lock",
+        "trial_id",
+        "tracking",
+        "checkpoint",
+        "lora",
+        "data",
+        "train",
+    },
     "interop": BASICS | {"lora", "models"},
     "analysis": BASICS | {"lora"},
 }
 # Peers and extras: never at import time.
-HEAVY = {"torch", "transformers", "peft", "datasets", "submitit", "ray"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "submitit",
+    "ray",
+    "gguf",
+    "sacrebleu",
+    "pycocoevalcap",
+}
 
 
 def imports(path):

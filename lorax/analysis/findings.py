@@ -15,9 +15,10 @@ from lorax.analysis.groups import (
     short_names,
     varying_keys,
 )
-from lorax.analysis.results import Sweep, lower_is_better
+from lorax.analysis.results import Sweep
 from lorax.analysis.statistics import anova, welch_interval
 from lorax.analysis.table import format_score, lanes_of, scale, were_packed
+from lorax.goodness import lower_is_better
 
 SIGNIFICANCE = 0.05
 

@@ -5,8 +5,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorax.analysis.results import ENDED, Trial, lower_is_better
+from lorax.analysis.results import ENDED, Trial
 from lorax.analysis.statistics import Summary, summarize
+from lorax.goodness import lower_is_better
 
 MISSING = "\u2013"
 MODES = ("head", "lora", "full")

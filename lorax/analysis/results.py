@@ -12,11 +12,6 @@ from lorax.errors import LoraxError
 ENDED = ("finished", "diverged", "cut")
 
 
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric is a loss, on whichever split (`loss_mismatched`)."""
-    return metric.partition("_")[0] in ("loss", "perplexity")
-
-
 @dataclass(frozen=True)
 class Trial:
     """One training run.

@@ -17,8 +17,9 @@ from lorax.analysis.groups import (
     short_names,
     varying_keys,
 )
-from lorax.analysis.results import Trial, lower_is_better
+from lorax.analysis.results import Trial
 from lorax.analysis.statistics import Summary
+from lorax.goodness import lower_is_better
 
 TIMES = "\u00d7"
 MIB = 2**20

@@ -6,9 +6,11 @@ from lorax.models.causal_lm import CausalLM, KVCache
 from lorax.models.classifier import Head, SequenceClassifier
 from lorax.models.convert import convert, hf_module, is_transposed
 from lorax.models.families import DECODERS, ENCODERS, FAMILIES, family_of
+from lorax.models.family import dropout_rates
 from lorax.models.hub import load_checkpoint, resolve_source
 from lorax.models.quantization import KINDS, Quantized, dequantize, quantize
-from lorax.models.weights import load_causal_lm, load_model
+from lorax.models.reading import sum_by_sequence
+from lorax.models.weights import check_checkpoint, load_causal_lm, load_model
 
 __all__ = [
     "DECODERS",
@@ -23,8 +25,10 @@ __all__ = [
     "Quantized",
     "SequenceClassifier",
     "abstract_model",
+    "check_checkpoint",
     "convert",
     "dequantize",
+    "dropout_rates",
     "family_of",
     "hf_module",
     "is_transposed",
@@ -34,4 +38,5 @@ __all__ = [
     "load_model",
     "quantize",
     "resolve_source",
+    "sum_by_sequence",
 ]

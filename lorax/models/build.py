@@ -84,8 +84,6 @@ def abstract_model(
         rngs = nnx.Rngs(0)
         if not num_outputs:
             return CausalLM(config, **options, rngs=rngs)
-        return SequenceClassifier(
-            config, num_outputs, pooling=model.pooling, **options, rngs=rngs
-        )
+        return SequenceClassifier(config, num_outputs, pooling=model.pooling, **options, rngs=rngs)
 
     return nnx.eval_shape(make)

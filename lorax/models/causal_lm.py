@@ -14,6 +14,7 @@ from lorax.models.causal import KVCache
 from lorax.models.dense import Dense
 from lorax.models.families import family_of
 from lorax.models.layers import Maker
+from lorax.models.token_loss import TokenScores, token_scores
 
 __all__ = ["CausalLM", "KVCache"]
 
@@ -60,6 +61,7 @@ class CausalLM(nnx.Module):
         *,
         position_ids_BxT: jax.Array | None = None,
         cache: KVCache | None = None,
+        only_last: bool = False,
         rngs: nnx.Rngs | None = None,
     ) -> Any:
         """Maps a batch to float32 logits of the next tokens, (B, T, V).
@@ -70,6 +72,7 @@ class CausalLM(nnx.Module):
           position_ids_BxT: int positions in each sequence, from 0; None: the real tokens of each
             row are counted, those in the cache included.
           cache: of the columns before (`KVCache.empty` at first); T more are written to it.
+          only_last: logits of the last column alone, (B, 1, V).
           rngs: stream `dropout` turns dropout on; None is deterministic.
 
         Returns:
@@ -85,10 +88,32 @@ class CausalLM(nnx.Module):
             cache=cache,
             rngs=rngs,
         )
-        if cache is None:
-            return self._logits(found)
-        x_BxTxD, cache = found
-        return self._logits(x_BxTxD), cache
+        x_BxTxD, cache = (found, None) if cache is None else found
+        logits_BxTxV = self._logits(x_BxTxD[:, -1:] if only_last else x_BxTxD)
+        return logits_BxTxV if cache is None else (logits_BxTxV, cache)
+
+    def score(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        labels_BxT: jax.Array,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> TokenScores:
+        """How well each token's successor is predicted; the logits of all are never held at once.
+
+        Args:
+          input_ids_BxT: as in a call.
+          attention_mask_BxT: as in a call.
+          labels_BxT: the token to come after each.
+          position_ids_BxT: as in a call.
+          rngs: as in a call.
+        """
+        x_BxTxD = self.decoder(
+            input_ids_BxT, attention_mask_BxT, position_ids_BxT=position_ids_BxT, rngs=rngs
+        )
+        return token_scores(self._logits, x_BxTxD, labels_BxT, self.config.vocab_size)
 
     def _logits(self, x_BxTxD: jax.Array) -> jax.Array:
         tied = self.config.tie_word_embeddings

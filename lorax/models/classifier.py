@@ -17,7 +17,7 @@ from lorax.models.families import family_of
 from lorax.models.family import Pooler
 from lorax.models.functions import dropout
 from lorax.models.layers import kernel_init
-from lorax.models.reading import FirstTokens
+from lorax.models.reading import FirstTokens, sum_by_sequence
 
 POOLINGS = ("mean", "cls", "pooler")
 
@@ -77,11 +77,8 @@ def _mean(x_BxTxD: jax.Array, mask_BxT: jax.Array, places: jax.Array | None) -> 
     if places is None:
         mask_BxTx1 = mask_BxT.astype(jnp.float32)[..., None]
         return (x_BxTxD * mask_BxTx1).sum(1) / jnp.maximum(mask_BxTx1.sum(1), 1)
-    numbers_Nx1 = 1 + jnp.arange(len(places))[:, None]
-    is_in_NxBT = (mask_BxT.reshape(1, -1) == numbers_Nx1).astype(jnp.float32)
-    flat_BTxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
-    total_NxD = jnp.matmul(is_in_NxBT, flat_BTxD, precision=jax.lax.Precision.HIGHEST)
-    return total_NxD / jnp.maximum(is_in_NxBT.sum(1, keepdims=True), 1)
+    total_NxD, tokens_Nx1 = sum_by_sequence(x_BxTxD, mask_BxT, len(places))
+    return total_NxD / jnp.maximum(tokens_Nx1, 1)
 
 
 class SequenceClassifier(nnx.Module):

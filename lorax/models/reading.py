@@ -1,4 +1,4 @@
-"""What a head reads of the last layer: a layer computes no more than that."""
+"""What is read of a packed batch: first tokens, of which a layer computes no more, and sums."""
 
 from typing import NamedTuple
 
@@ -31,3 +31,24 @@ class FirstTokens(NamedTuple):
         return jnp.einsum(
             "nb,bshk->nshk", is_in_NxB, x_BxSxHxK, precision=jax.lax.Precision.HIGHEST
         )
+
+
+def sum_by_sequence(
+    x_BxTxD: jax.Array, numbers_BxT: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over each sequence's tokens, and how many these are.
+
+    Args:
+      x_BxTxD: float32.
+      numbers_BxT: which sequence of the batch a token belongs to, from 1; 0 is padding.
+      count: sequences N.
+
+    Returns:
+      (N, D) and (N, 1).
+    """
+    numbers_Nx1 = 1 + jnp.arange(count)[:, None]
+    # A product, which adds in the same order on every device; a scatter may not.
+    is_in_NxBT = (numbers_BxT.reshape(1, -1) == numbers_Nx1).astype(jnp.float32)
+    flat_BTxD = x_BxTxD.reshape(-1, x_BxTxD.shape[-1])
+    total_NxD = jnp.matmul(is_in_NxBT, flat_BTxD, precision=jax.lax.Precision.HIGHEST)
+    return total_NxD, is_in_NxBT.sum(1, keepdims=True)

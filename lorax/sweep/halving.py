@@ -64,7 +64,7 @@ def cut(lanes: list[Lane], eta: int, step: int, number: int) -> None:
 
 
 def _standing(lane: Lane) -> float:
-    return -math.inf if lane.progress.reason else lane.best_so_far()
+    return -math.inf if lane.progress.reason else lane.standing
 
 
 def shrink(loop: Loop, engine: PackEngine) -> None:

@@ -17,6 +17,7 @@ CHEAPER: Mapping[str, Mapping[str, Any]] = {
     "train.base_dtype=bf16": {"base_dtype": "bf16"},
     "train.base_dtype=int8": {"base_dtype": "int8"},
     "train.base_dtype=nf4": {"base_dtype": "nf4"},
+    "bf16 base and compute": {"base_dtype": "bf16", "precision": "bf16"},
     "train.remat=true": {"remat": True},
     "nf4, bf16 compute and remat": {"base_dtype": "nf4", "precision": "bf16", "remat": True},
 }
@@ -54,9 +55,9 @@ def memory_of(trial: TrialConfig) -> Memory:
     Raises:
       LoraxError: as `lorax.train.setup.check_trial`; a mesh.
     """
+    check_trial(trial)
     if trial.sweep.mesh != MeshConfig():
         raise LoraxError("the memory table is of a step on one device: leave sweep.mesh out")
-    check_trial(trial)
     cost, (state, frozen, _, batch) = largest_step(trial)
     base, trained, optimizer, tokens = map(
         _bytes, (frozen, state.trainable, state.opt_state, batch)

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,12 +22,12 @@ from lorax.sweep.engine import PackEngine, mesh_of, trains_alone
 from lorax.sweep.halving import judge
 from lorax.sweep.pack import Pack, is_open, read_record, write_record
 from lorax.sweep.standing import Leg, legs_of
+from lorax.train.dataset import load_dataset
 from lorax.train.lane import Lane
 from lorax.train.loop import Loop
 from lorax.train.measure import reset_peak_rss
 from lorax.train.restore import CHECKPOINTS, POINTER, own_steps, point_to
 from lorax.train.results import finished_result, read_result, write_result
-from lorax.train.setup import load_dataset
 from lorax.train.trial import (
     Start,
     clean,
@@ -228,10 +229,10 @@ def _loop(lanes: Sequence[Lane], engine: PackEngine, checkpoints: Checkpoints, s
 def _judge(loop: Loop, engine: PackEngine) -> None:
     judge(loop, engine)
     if not sys.stderr.isatty():  # where there is no progress bar
-        best = max(lane.best_so_far() for lane in loop.lanes)
-        metric, alive = loop.lanes[0].metric, len(loop.alive())
+        best = max(loop.lanes, key=lambda lane: lane.standing)
+        value = math.nan if best.best_value is None else best.best_value
         words = "step %d of %d: best %s %.4f, %d trials go on"
-        log.info(words, loop.step, loop.total_steps, metric, best, alive)
+        log.info(words, loop.step, loop.total_steps, best.metric, value, len(loop.alive()))
 
 
 def is_out_of_memory(fault: BaseException) -> bool:

@@ -12,6 +12,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
+from lorax.goodness import goodness
 from lorax.train import check_trial, run_trial
 from lorax.trial_id import trial_id
 
@@ -73,12 +74,14 @@ def sweep_bar(trials: Sequence[Any]) -> Iterator[Iterable[Any]]:
 
 
 def objective(result: dict[str, Any]) -> float:
-    """What a sweeper maximises: the best value of the task's main metric.
+    """What a sweeper maximises: the task's main metric at its best, negated if less is better.
 
     A diverged trial is worth -inf: sweepers take None for a failure, and learn nothing from it.
     """
-    best = result["best"]
-    return -math.inf if result["status"] == "diverged" else best["metrics"][result["metric"]]
+    if result["status"] == "diverged":
+        return -math.inf
+    metric = result["metric"]
+    return goodness(metric, result["best"]["metrics"][metric])
 
 
 def summary_line(result: dict[str, Any]) -> str:

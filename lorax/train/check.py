@@ -44,6 +44,10 @@ def check_config(config: TrialConfig) -> None:
             f"train.grad_accum={train.grad_accum} does not divide "
             f"train.batch_size={train.batch_size}"
         )
+    if train.mode == "head" and not get_task(config.task.name).num_outputs:
+        raise LoraxError(
+            f"train.mode=head: task {config.task.name} has no head to train; take lora or full"
+        )
     if train.mode == "full" and train.base_dtype != "fp32":
         raise LoraxError(
             f"train.base_dtype={train.base_dtype} is for a frozen base; train.mode=full needs fp32"

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from lorax import data
+from lorax.train.dataset import Dataset
 from lorax.train.metrics import evaluate
-from lorax.train.setup import Dataset, Setup
+from lorax.train.setup import Setup
 from lorax.train.step import example_losses, predict
 
 Forward = Callable[[dict[str, np.ndarray]], Any]
@@ -45,9 +46,9 @@ def score(dataset: Dataset, outputs: Mapping[str, np.ndarray]) -> dict[str, floa
     results: dict[str, float] = {}
     for n, (name, encoded) in enumerate(dataset.dev.items()):
         suffix = "" if n == 0 else "_" + name.removeprefix("dev_")
-        losses = example_losses(task.kind, outputs[name], encoded.labels)
+        losses, counts = example_losses(task.kind, outputs[name], encoded.labels)
         metrics = evaluate(task.metrics, task.kind, outputs[name], encoded.labels)
-        metrics["loss"] = float(np.mean(losses))
+        metrics["loss"] = float(np.sum(losses, dtype=np.float64) / np.sum(counts))
         results |= {metric + suffix: value for metric, value in metrics.items()}
     return results
 

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorax.config import TrialConfig
+from lorax.goodness import goodness
 from lorax.tracking import Tracker
+from lorax.train.dataset import Dataset, epoch_steps, total_steps
 from lorax.train.measure import Meter
 from lorax.train.optimizer import Hyper
 from lorax.train.schedule import lr_factor
-from lorax.train.setup import Dataset, Setup, epoch_steps, hyper_of, total_steps
+from lorax.train.setup import Setup, hyper_of
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Lane:
             progress.reason = f"the dev {self.metric} is {value} at step {progress.step}"
             return
         progress.last = {**point, "metrics": metrics}
-        if progress.best is None or value > progress.best["metrics"][self.metric]:
+        if goodness(self.metric, value) > self.standing:
             progress.best, progress.evaluations_since_best = progress.last, 0
             self.best = trainable()
             return
@@ -118,10 +118,17 @@ class Lane:
         patience = self.config.train.early_stopping
         progress.stopped_early = bool(patience and progress.evaluations_since_best >= patience)
 
-    def best_so_far(self) -> float:
-        """The best value of the main metric; minus infinity before the first evaluation."""
+    @property
+    def best_value(self) -> float | None:
+        """The best value of the main metric; None before the first evaluation."""
         best = self.progress.best
-        return best["metrics"][self.metric] if best else -np.inf
+        return best["metrics"][self.metric] if best else None
+
+    @property
+    def standing(self) -> float:
+        """The best value, signed so that more is better; minus infinity before there is one."""
+        value = self.best_value
+        return -math.inf if value is None else goodness(self.metric, value)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps besides arrays."""

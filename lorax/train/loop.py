@@ -9,10 +9,10 @@ import numpy as np
 
 from lorax import data
 from lorax.config import TrainConfig
+from lorax.train.dataset import Dataset
 from lorax.train.engine import Engine, HostBatch
 from lorax.train.evaluation import predict_split, score
 from lorax.train.lane import Lane
-from lorax.train.setup import Dataset
 
 
 def _nothing(loop: "Loop") -> None:
@@ -134,8 +134,10 @@ class Loop:
         shown = {"loss": f"{np.median(losses):.3f}"}
         if len(self.lanes) > 1:
             shown["trials"] = str(len(self.alive()))
-        best = max(lane.best_so_far() for lane in self.lanes)
-        return {**shown, f"best {self.lanes[0].metric}": f"{best:.3f}"} if best > -np.inf else shown
+        best = max(self.lanes, key=lambda lane: lane.standing)
+        if best.best_value is None:
+            return shown
+        return {**shown, f"best {best.metric}": f"{best.best_value:.3f}"}
 
     def _due(self) -> str | None:
         """What the step just done is followed by: an evaluation, a checkpoint, or nothing."""

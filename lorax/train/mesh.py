@@ -76,10 +76,25 @@ def fsdp_spec(shape: tuple[int, ...], size: int) -> PartitionSpec:
     return PartitionSpec(*[None] * longest, "fsdp")
 
 
+@cache
+def base_shardings(mesh: Mesh) -> Callable[[tuple[int, ...]], NamedSharding]:
+    """From the shape of a leaf of the base to its pieces on the mesh; one function a mesh."""
+    return lambda shape: NamedSharding(mesh, fsdp_spec(shape, mesh.shape["fsdp"]))
+
+
 def shard_base(params: Any, mesh: Mesh) -> Any:
-    """The frozen base on the mesh, each leaf cut by `fsdp_spec`; None stays None."""
-    size = mesh.shape["fsdp"]
-    return jax.tree.map(lambda x: _put(x, mesh, fsdp_spec(np.shape(x), size)), params)
+    """The frozen base on the mesh, each leaf cut by `fsdp_spec`; None stays None.
+
+    Leaves that were loaded so (`base_shardings`) are left as they are.
+    """
+    shardings = base_shardings(mesh)
+
+    def put(x: Any) -> jax.Array:
+        sharding = shardings(np.shape(x))
+        is_there = isinstance(x, jax.Array) and x.sharding == sharding
+        return x if is_there else _put(x, mesh, sharding.spec)
+
+    return jax.tree.map(put, params)
 
 
 def shard_lanes(tree: Any, mesh: Mesh) -> Any:

@@ -1,7 +1,8 @@
-"""GLUE's metrics, from scikit-learn and SciPy."""
+"""GLUE's metrics, from scikit-learn and SciPy, and those of language models."""
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,21 @@ def spearman(predicted: np.ndarray, labels: np.ndarray) -> float:
     return _correlation(spearmanr, predicted, labels)
 
 
+def perplexity(outputs: np.ndarray) -> float:
+    """The exponential of the mean loss of all target tokens, from `score_examples`."""
+    losses, tokens = outputs[:, :2].sum(0, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        return float(np.exp(losses / tokens))
+
+
+def token_accuracy(outputs: np.ndarray) -> float:
+    """Share of the target tokens that were the likeliest ones, from `score_examples`."""
+    _, tokens, hits = outputs.sum(0, dtype=np.float64)
+    return float(hits / tokens)
+
+
 METRICS = {f.__name__: f for f in (matthews, accuracy, f1, pearson, spearman)}
+TOKEN_METRICS = {f.__name__: f for f in (perplexity, token_accuracy)}
 
 
 def evaluate(
@@ -52,8 +67,9 @@ def evaluate(
     """Metrics of a task.
 
     Args:
-      names: keys of `METRICS`.
-      kind: `classification` (outputs are logits, (n, classes)) or `regression` ((n, 1)).
+      names: keys of `METRICS`, or of `TOKEN_METRICS` for a language model.
+      kind: `classification` (outputs are logits, (n, classes)), `regression` ((n, 1)) or
+        `causal_lm` (of `score_examples`, (n, 3)).
       outputs: what the model gave, real examples only.
       labels: class ids or scores, (n,).
 
@@ -63,11 +79,13 @@ def evaluate(
     >>> evaluate(["accuracy"], "classification", np.array([[0., 1.], [1., 0.]]), np.array([1, 1]))
     {'accuracy': 0.5}
     """
-    unknown = [name for name in names if name not in METRICS]
-    if unknown:
-        raise LoraxError(f"metric {unknown[0]!r} is unknown; use one of {', '.join(METRICS)}")
+    known: Any = TOKEN_METRICS if kind == "causal_lm" else METRICS
+    if unknown := [name for name in names if name not in known]:
+        raise LoraxError(f"metric {unknown[0]!r} is unknown; use one of {', '.join(known)}")
     if not np.isfinite(outputs).all():
         return dict.fromkeys(names, float("nan"))
+    if kind == "causal_lm":
+        return {name: known[name](outputs) for name in names}
     predicted = outputs[:, 0] if kind == "regression" else outputs.argmax(-1)
     return {name: METRICS[name](predicted, labels) for name in names}
 

@@ -1,7 +1,6 @@
 """From a trial's config to its arrays: data, model, adapter, and what is trained."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,38 +11,24 @@ import numpy as np
 from flax import nnx
 
 from lorax import data
-from lorax.config import LoraConfig, ModelConfig, TaskConfig, TrialConfig
+from lorax.config import LoraConfig, ModelConfig, TrialConfig
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, count_params, init, mask_of, pad, resolve, split, trainable_mask
-from lorax.models import KINDS, abstract_model, load_config, load_model, resolve_source
-from lorax.process import cache_root
+from lorax.models import (
+    KINDS,
+    abstract_model,
+    check_checkpoint,
+    dropout_rates,
+    load_model,
+)
 from lorax.train.check import check_config
+from lorax.train.dataset import cache_key, load_dataset
+from lorax.train.mesh import base_shardings, make_mesh
 from lorax.train.optimizer import Hyper
 from lorax.train.step import Frozen, Program
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 HEAD = "head"
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A tokenized task.
-
-    Attributes:
-      task: what is known of it.
-      train: the training split.
-      dev: each dev split.
-      layout: the shapes that training's micro-batches are packed into.
-      multiple: devices that the rows of a batch are spread over.
-      pad_id: token id of the padding.
-    """
-
-    task: data.Task
-    train: data.Encoded
-    dev: dict[str, data.Encoded]
-    layout: data.Layout
-    multiple: int
-    pad_id: int
 
 
 @dataclass(frozen=True)
@@ -58,10 +43,23 @@ class Setup:
     dropout_key: jax.Array
 
 
-def spec_of(lora: LoraConfig) -> LoraSpec:
-    """The LoraSpec of a config, its head among the modules to save."""
+def spec_of(lora: LoraConfig, modules_to_save: tuple[str, ...] = (HEAD,)) -> LoraSpec:
+    """The LoraSpec of a config, a classifier's head among the modules to save."""
     values = {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora)}
-    return LoraSpec(**values, modules_to_save=(HEAD,))
+    return LoraSpec(**values, modules_to_save=modules_to_save)
+
+
+def _trial_spec(config: TrialConfig) -> LoraSpec:
+    return spec_of(config.lora, _heads(config))
+
+
+def _outputs(config: TrialConfig) -> int:
+    return data.get_task(config.task.name).num_outputs
+
+
+def _heads(config: TrialConfig) -> tuple[str, ...]:
+    """The modules that are trained in full beside an adapter: a language model has none."""
+    return (HEAD,) if _outputs(config) else ()
 
 
 def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
@@ -77,14 +75,16 @@ def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
     check_config(config)
     if devices_are_here:
         _check_attention(config)
-    task = data.get_task(config.task.name)
     if config.train.mode == "lora":
-        shapes, _ = _shapes(_items(config.model), task.num_outputs)
-        targets = resolve(shapes, spec_of(config.lora))
+        shapes, _ = _shapes(cache_key(config.model), _outputs(config))
+        targets = resolve(shapes, _trial_spec(config))
         _check_padding(config, max(target.rank for target in targets.values()))
     _check_length(config)
     load_dataset(config)
-    _load_model(config, jax.random.key(0))
+    if devices_are_here:
+        _load_model(config, jax.random.key(0))
+    else:
+        check_checkpoint(config.model, _outputs(config))
 
 
 def _check_attention(config: TrialConfig) -> None:
@@ -100,8 +100,7 @@ def _check_padding(config: TrialConfig, rank: int) -> None:
 
 
 def _check_length(config: TrialConfig) -> None:
-    outputs = data.get_task(config.task.name).num_outputs
-    _, limit = _shapes(_items(config.model), outputs)
+    _, limit = _shapes(cache_key(config.model), _outputs(config))
     if config.task.max_length > limit:
         raise LoraxError(
             f"task.max_length={config.task.max_length} is above the {limit} positions of "
@@ -109,104 +108,41 @@ def _check_length(config: TrialConfig) -> None:
         )
 
 
-def _items(config: TaskConfig | ModelConfig) -> tuple[tuple[str, Any], ...]:
-    """A config as a hashable key of the caches below."""
-    return tuple(dataclasses.asdict(config).items())
-
-
 @lru_cache(maxsize=8)
 def _shapes(model: tuple[tuple[str, Any], ...], outputs: int) -> tuple[Any, int]:
     """(shapes of the parameters, most positions) of a model, without its weights."""
     abstract = abstract_model(ModelConfig(**dict(model)), outputs)
-    return nnx.to_pure_dict(nnx.state(abstract)), abstract.encoder.config.max_length
+    return nnx.to_pure_dict(nnx.state(abstract)), abstract.config.max_length
 
 
 def frozen_shapes(config: TrialConfig) -> Any:
     """Shapes of the base's frozen weights, as they are when not quantized; None elsewhere."""
-    outputs = data.get_task(config.task.name).num_outputs
-    base, _ = _shapes(_items(config.model), outputs)
-    if config.train.mode == "lora":
-        mask = mask_of(base, (HEAD,))
-    else:
-        mask = _mask_without_lora({"base": base}, config.train.mode)["base"]
-    return split(base, mask)[1]
-
-
-def load_dataset(config: TrialConfig) -> Dataset:
-    """The task in the model's tokens; kept, so that a sweep tokenizes once."""
-    train, mesh = config.train, config.sweep.mesh
-    return _load_dataset(
-        (_items(config.task), config.model.source, config.model.revision),
-        train.batch_size // train.grad_accum,
-        train.max_shapes,
-        mesh.data * mesh.fsdp,
-    )
-
-
-@lru_cache(maxsize=8)
-def _load_dataset(source: Any, micro_batch: int, max_shapes: int, multiple: int) -> Dataset:
-    task, train, dev, pad_id = _load_splits(*source)
-    longest = max(int(split.lengths.max()) for split in (train, *dev.values()))
-    layout = data.choose_layout(
-        train.lengths, micro_batch, max_shapes=max_shapes, longest=longest, multiple=multiple
-    )
-    return Dataset(task, train, dev, layout, multiple, pad_id)
-
-
-@lru_cache(maxsize=4)
-def _load_splits(
-    task_items: tuple[tuple[str, Any], ...], source: str, revision: str | None
-) -> tuple[data.Task, data.Encoded, dict[str, data.Encoded], int]:
-    config = TaskConfig(**dict(task_items))
-    task = data.get_task(config.name)
-    base = resolve_source(source, revision)
-    tokenizer = data.load_tokenizer(base)
-    content = (base / "tokenizer.json").read_bytes()
-    folder = data.token_dir(cache_root())
-
-    def read(split_name: str, limit: int | None) -> data.Encoded:
-        examples = data.subsample(data.load_split(task, split_name, config.data_dir), limit)
-        return data.encode_cached(tokenizer, content, examples, config.max_length, folder)
-
-    train = read("train", config.max_train_samples)
-    dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
-    return task, train, dev, _pad_id(tokenizer, source, revision)
-
-
-def epoch_steps(config: TrialConfig, dataset: Dataset) -> int:
-    """Optimizer steps in one pass over the training split."""
-    return math.ceil(len(dataset.train) / config.train.batch_size)
-
-
-def total_steps(config: TrialConfig, dataset: Dataset) -> int:
-    """Optimizer steps of a whole trial."""
-    train = config.train
-    return train.max_steps or train.epochs * epoch_steps(config, dataset)
-
-
-def _pad_id(tokenizer: Any, source: str, revision: str | None) -> int:
-    """The model's padding token; its vocabulary has to hold all of the tokenizer's."""
-    config = load_config(ModelConfig(source=source, revision=revision))
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise LoraxError(
-            f"model.source={source}: its tokenizer has {tokenizer.get_vocab_size()} tokens, but "
-            f"the model only {config.vocab_size}; they do not belong together"
-        )
-    return config.pad_token_id
+    base, _ = _shapes(cache_key(config.model), _outputs(config))
+    mask = _mask_without_lora({"base": base}, config)["base"]
+    return jax.tree.map(lambda is_trained, leaf: None if is_trained else leaf, mask, base)
 
 
 def _load_model(config: TrialConfig, key: jax.Array) -> Any:
     base_dtype = config.train.base_dtype
     return load_model(
         config.model,
-        data.get_task(config.task.name).num_outputs,
+        _outputs(config),
         key=key,
         dtype=DTYPES[config.train.precision],
         param_dtype=DTYPES.get(base_dtype, DTYPES[config.train.precision]),
         remat=config.train.remat,
         quantized=base_dtype if base_dtype in KINDS else None,
+        shardings=_shardings(config),
         on_host=config.sweep.mesh.fsdp > 1,  # no device may be large enough for it
     )
+
+
+def _shardings(config: TrialConfig) -> Any:
+    """Where the pieces of a frozen base lie; None: it is trained, or on one device."""
+    mesh = config.sweep.mesh
+    if mesh.fsdp == 1 or config.train.mode == "full":
+        return None
+    return base_shardings(make_mesh(mesh.trial, mesh.data, mesh.fsdp))
 
 
 def hyper_of(config: TrialConfig, factor: float = 1.0) -> Hyper:
@@ -230,21 +166,21 @@ def prepare(config: TrialConfig) -> Setup:
     graphdef, state = nnx.split(model)
     base = nnx.to_pure_dict(state)
     mode = config.train.mode
-    spec = spec_of(config.lora) if mode == "lora" else None
-    shapes, _ = _shapes(_items(config.model), task.num_outputs)  # a quantized base has others
+    spec = _trial_spec(config) if mode == "lora" else None
+    shapes, _ = _shapes(cache_key(config.model), task.num_outputs)  # a quantized base has others
     lora = init(lora_key, shapes, spec) if spec else {}
     adapter_params = count_params(lora)
     if spec and train.pad_rank:
         lora = pad(lora, train.pad_rank)
     params = {"base": base, "lora": lora}
-    mask = trainable_mask(params, spec) if spec else _mask_without_lora(params, mode)
+    mask = trainable_mask(params, spec) if spec else _mask_without_lora(params, config)
     trainable, frozen = split(params, mask)
     scales = {path: jnp.float32(spec.scale(path)) for path in lora} if spec else {}
     program = Program(
         graphdef=graphdef,
         kind=task.kind,
         lora_dropout=spec.dropout if spec else 0.0,
-        model_dropout=_has_dropout(model),
+        model_dropout=any(dropout_rates(model.config).values()),
         grad_accum=train.grad_accum,
         saves_memory=train.remat or train.base_dtype in KINDS,
     )
@@ -253,23 +189,17 @@ def prepare(config: TrialConfig) -> Setup:
 
 
 def _counts(base: dict[str, Any], adapter: int, mode: str) -> dict[str, int]:
-    head = count_params(base[HEAD])
-    encoder = count_params(base) - head
+    head = count_params(base.get(HEAD, {}))
+    rest = count_params(base) - head
     return {
         "adapter_params": adapter,
         "head_params": head,
-        "base_params": encoder,
-        "trainable_params": adapter + head + (encoder if mode == "full" else 0),
-        "total_params": adapter + head + encoder,
+        "base_params": rest,
+        "trainable_params": adapter + head + (rest if mode == "full" else 0),
+        "total_params": adapter + head + rest,
     }
 
 
-def _has_dropout(model: Any) -> bool:
-    c = model.encoder.config
-    rates = (c.hidden_dropout_prob, c.attention_probs_dropout_prob, c.classifier_dropout)
-    return any(rate for rate in rates)
-
-
-def _mask_without_lora(params: dict[str, Any], mode: str) -> dict[str, Any]:
-    modules = (HEAD, "encoder") if mode == "full" else (HEAD,)
+def _mask_without_lora(params: dict[str, Any], config: TrialConfig) -> dict[str, Any]:
+    modules = tuple(params["base"]) if config.train.mode == "full" else _heads(config)
     return {"base": mask_of(params["base"], modules), "lora": {}}

@@ -17,6 +17,7 @@ from flax import nnx
 from lorax.lora import adapt, combine
 from lorax.train import optimizer
 from lorax.train.mesh import gather, regather, spread_rows
+from lorax.train.next_tokens import score_examples
 from lorax.train.optimizer import Hyper
 
 Batch = dict[str, jax.Array]
@@ -28,7 +29,7 @@ class Program:
 
     Attributes:
       graphdef: of the NNX model whose parameters are `params["base"]`.
-      kind: `classification` or `regression`.
+      kind: `classification`, `regression` or `causal_lm`.
       lora_dropout: rate on the input of A.
       model_dropout: whether the model's own dropout is on in training.
       grad_accum: micro-batches a step.
@@ -68,7 +69,9 @@ def init_state(trainable: Any, hyper: Hyper, key: jax.Array) -> State:
 def forward(
     program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None = None
 ) -> jax.Array:
-    """Model outputs (N, outputs) in fp32; deterministic without a key.
+    """Outputs of each example (N, outputs) in fp32; deterministic without a key.
+
+    They are a classifier's logits, or what `score_examples` says of a language model.
 
     The batch is packed, as `lorax.data.collate` makes it, or has an example a row, as
     `lorax.data.pad` does.
@@ -77,6 +80,8 @@ def forward(
     model: Any = nnx.merge(program.graphdef, params["base"])
     model = adapt(model, params["lora"], frozen.scales, dropout=program.lora_dropout, key=key)
     rngs = nnx.Rngs(key) if key is not None and program.model_dropout else None
+    if program.kind == "causal_lm":
+        return score_examples(model, batch, rngs)
     return model(
         batch["input_ids"],
         batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"],
@@ -87,56 +92,63 @@ def forward(
     )
 
 
-def example_losses(kind: str, outputs: Any, labels: Any) -> jax.Array:
-    """Cross-entropy, or the squared error of a regression, of each example: (B,)."""
+def example_losses(kind: str, outputs: Any, labels: Any) -> tuple[Any, Any]:
+    """Each example's loss and what it counts for in the mean: (N,) and (N,).
+
+    Cross-entropy of classes or squared error of scores, an example counting 1; of a language model
+    the cross-entropy of all its target tokens, and their number.
+    """
+    if kind == "causal_lm":
+        return outputs[:, 0], outputs[:, 1]
     if kind == "regression":
-        return optax.squared_error(outputs[:, 0], labels)
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+        return optax.squared_error(outputs[:, 0], labels), jnp.ones(len(labels))
+    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
+    return losses, jnp.ones(len(labels))
 
 
 def _loss_and_grad(
     program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None
-) -> tuple[jax.Array, Any]:
-    """Summed weighted loss over one micro-batch and its gradient on the trainable part."""
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    """Summed loss over one micro-batch, what it counts for, and its gradient."""
 
-    def loss(part: Any) -> jax.Array:
+    def loss(part: Any) -> tuple[jax.Array, jax.Array]:
         outputs = forward(program, part, frozen, batch, key)
-        return jnp.sum(batch["weights"] * example_losses(program.kind, outputs, batch["labels"]))
+        losses_N, counts_N = example_losses(program.kind, outputs, batch["labels"])
+        return jnp.sum(batch["weights"] * losses_N), jnp.sum(batch["weights"] * counts_N)
 
-    return jax.value_and_grad(regather(loss))(trainable)
+    return jax.value_and_grad(regather(loss), has_aux=True)(trainable)
 
 
 def _accumulated(
     program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None
-) -> tuple[jax.Array, Any]:
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
     n = program.grad_accum
     if n == 1:
         return _loss_and_grad(program, trainable, frozen, batch, key)
     micro = jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), batch)
     micro = spread_rows(micro, axis=1)
 
-    def add(total: tuple[jax.Array, Any], item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+    def add(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         i, part = item
         part_key = None if key is None else jax.random.fold_in(key, i)
         result = _loss_and_grad(program, trainable, frozen, part, part_key)
         return jax.tree.map(jnp.add, total, result), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+    zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
     return jax.lax.scan(add, zero, (jnp.arange(n), micro))[0]
 
 
 def optimizer_step(
     program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: Batch
 ) -> tuple[State, jax.Array]:
-    """One optimizer step: (new state, mean loss over the batch's real examples).
+    """One optimizer step: (new state, mean loss over the batch's real examples or target tokens).
 
     Gradients exist for `state.trainable` alone.
     """
     stochastic = program.lora_dropout > 0 or program.model_dropout
     key = jax.random.wrap_key_data(state.key)
     key = jax.random.fold_in(key, state.step) if stochastic else None
-    loss, grads = _accumulated(program, state.trainable, frozen, batch, key)
-    count = jnp.sum(batch["weights"])
+    (loss, count), grads = _accumulated(program, state.trainable, frozen, batch, key)
     grads = jax.tree.map(lambda g: g / count, grads)
     trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable, hyper)
     return State(trainable, opt_state, state.step + 1, state.key), loss / count

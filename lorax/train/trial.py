@@ -18,13 +18,14 @@ from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.lock import locked
 from lorax.tracking import open_tracker
+from lorax.train.dataset import load_dataset
 from lorax.train.engine import Solo
 from lorax.train.lane import Lane, Progress
 from lorax.train.loop import Loop
 from lorax.train.measure import Meter, reset_peak_rss
 from lorax.train.restore import CHECKPOINTS, POINTER, restore
 from lorax.train.results import Result, finished_result, write_result
-from lorax.train.setup import Setup, check_trial, hyper_of, load_dataset, prepare
+from lorax.train.setup import Setup, check_trial, hyper_of, prepare
 from lorax.train.step import State, init_state
 from lorax.trial_id import trial_dir, trial_id
 

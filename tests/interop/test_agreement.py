@@ -13,7 +13,7 @@ from flax import nnx
 from lorax.errors import LoraxError
 from lorax.interop import load_peft
 from lorax.models import abstract_model
-from lorax.train.setup import load_dataset
+from lorax.train.dataset import load_dataset
 
 pytest.importorskip("peft")
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

@@ -30,10 +30,11 @@ from lorax.config import (
 from lorax.lora.paths import leaves_by_path
 from lorax.sweep.engine import PackEngine
 from lorax.sweep.program import Packed, packed_step
+from lorax.train.dataset import load_dataset
 from lorax.train.loop import collate_alike
 from lorax.train.mesh import AXES, make_mesh, shard_batch, shard_lanes
 from lorax.train.schedule import lr_factor
-from lorax.train.setup import hyper_of, load_dataset, prepare
+from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
 STEPS = 10

@@ -55,7 +55,8 @@ class Stand:
         p = self.progress
         return not (p.reason or p.stopped_early or p.cut)
 
-    def best_so_far(self):
+    @property
+    def standing(self):
         return self.score
 
 

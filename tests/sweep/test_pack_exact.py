@@ -20,10 +20,11 @@ from lorax.errors import LoraxError
 from lorax.lora.paths import leaves_by_path
 from lorax.models import resolve_source
 from lorax.sweep.engine import PackEngine
+from lorax.train.dataset import load_dataset
 from lorax.train.engine import Solo
 from lorax.train.loop import collate_alike
 from lorax.train.schedule import lr_factor
-from lorax.train.setup import hyper_of, load_dataset, prepare
+from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
 

@@ -9,10 +9,11 @@ from hypothesis import Phase, given, settings
 from lorax import data
 from lorax.lora.paths import leaves_by_path
 from lorax.sweep.engine import PackEngine
+from lorax.train.dataset import load_dataset
 from lorax.train.engine import Solo
 from lorax.train.loop import collate_alike
 from lorax.train.schedule import lr_factor
-from lorax.train.setup import hyper_of, load_dataset, prepare
+from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
 FEW = settings(

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 
 from lorax import data
 from lorax.errors import LoraxError
+from lorax.free_memory import free_host_memory
 from lorax.sweep import cost, planner
 from lorax.sweep.cost import GIB, Probe, Size, memory_limit, shapes_of, sizes_of, steps_of
 from lorax.sweep.engine import even_share
 from lorax.sweep.planner import plan_packs, rank_buckets
+from lorax.train.dataset import load_dataset
 from lorax.train.lane import Lane
 from lorax.train.measure import Meter
-from lorax.train.setup import load_dataset
 
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 LAYERS = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # entries of the tiny base's kernels
@@ -381,7 +382,7 @@ def test_memory_is_what_xla_says_of_the_program_that_runs(world):
 def test_the_limit_is_as_set_or_most_of_what_is_free(world, monkeypatch):
     assert memory_limit(world.trial(sweep={"memory_limit_gib": 1.5})) == 3 * GIB // 2
     if jax.local_devices()[0].memory_stats() is None:
-        monkeypatch.setattr(cost, "_free_host_memory", lambda: 10 * GIB)
+        monkeypatch.setattr(cost, "free_host_memory", lambda: 10 * GIB)
         assert memory_limit(world.trial()) == 9 * GIB
 
 
@@ -389,7 +390,7 @@ def test_free_memory_is_no_more_than_the_machine_has():
     import os
 
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < cost._free_host_memory() <= total
+    assert 0 < free_host_memory() <= total
 
 
 @PROPERTY

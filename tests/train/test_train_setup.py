@@ -2,7 +2,8 @@ import jax
 import numpy as np
 
 from lorax.lora.paths import leaves_by_path
-from lorax.train.setup import load_dataset, prepare
+from lorax.train.dataset import load_dataset
+from lorax.train.setup import prepare
 
 
 def trained(config):

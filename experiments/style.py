@@ -1,0 +1,159 @@
+"""Teach a language model the style of a text, and measure what it gains and what it forgets.
+
+    python scripts/fetch_assets.py smollm2
+    python -m experiments.style data=shakespeare.txt
+    python -m experiments.style data=letters.txt plain=other.txt lora.rank=16 train.epochs=3
+
+`data` is a UTF-8 text; its last tenth is held out. `plain` is a text in another style, to see
+what is forgotten: by default the dev split of the movie reviews. Other arguments are overrides
+of experiments.finetune. The report is printed, and kept as `style.md` and `style.json` beside
+the trial's result; given again, the command goes on with a trial cut short, and takes a finished
+one as it is.
+"""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from hydra import compose, initialize_config_module
+
+from lorax import adapt, data
+from lorax.checkpoint import load_adapter, lora_tree, write_json
+from lorax.config import TrialConfig
+from lorax.data.files import read_text
+from lorax.errors import LoraxError
+from lorax.generation import GenerationConfig, generate
+from lorax.lora import combine
+from lorax.models import CausalLM, resolve_source
+from lorax.sweep import at_the_door, config_of
+from lorax.sweep.serial import run_and_tell
+from lorax.train.dataset import Dataset, load_dataset
+from lorax.train.evaluation import predict_all
+from lorax.train.metrics import perplexity
+from lorax.train.setup import Setup, check_trial, prepare
+from lorax.trial_id import trial_dir
+
+SAMPLES, PROMPT_TOKENS = 3, 24
+SAMPLING = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 64}
+
+
+def trial_of(text: Path, overrides: Sequence[str]) -> TrialConfig:
+    """The trial of a text; its directory is named by the text's name and content.
+
+    Raises:
+      LoraxError: no such file, or an override that is not right.
+    """
+    if not text.is_file():
+        raise LoraxError(f"data={str(text)!r}: no such file")
+    with initialize_config_module("conf", version_base=None):
+        trial = config_of(compose("finetune", ["experiment=style", *overrides]))
+    if trial.train.mode != "lora":
+        raise LoraxError(f"train.mode={trial.train.mode}: a style is learned with lora alone")
+    content = hashlib.sha256(text.read_bytes()).hexdigest()[:8]
+    name = f"style-{text.stem}-{content}"
+    task = replace(trial.task, data_dir=str(text.resolve()))
+    return replace(trial, task=task, sweep=replace(trial.sweep, name=name))
+
+
+def plain_text(trial: TrialConfig, plain: Path | None) -> data.Encoded:
+    """Blocks of a text in another style: of a whole file, or of the movie reviews' dev split."""
+    if plain is None:
+        text = "\n".join(data.load_split("reviews", "dev").first)
+    elif plain.is_file():
+        text = read_text(plain)
+    else:
+        raise LoraxError(f"plain={str(plain)!r}: no such file")
+    documents = data.Documents([text], [((0, len(text)),)], "text")
+    tokenizer = data.load_tokenizer(resolve_source(trial.model.source, trial.model.revision))
+    blocks = data.encode_documents(tokenizer, documents, trial.task.max_length)
+    return data.subsample(blocks, trial.task.max_dev_samples)
+
+
+def trained_part(trial: TrialConfig, setup: Setup) -> Any:
+    """What the trial's best evaluation saw, in the place of what training started from."""
+    leaves, _, _ = load_adapter(trial_dir(trial) / "adapter")
+    return {**setup.trainable, "lora": lora_tree(leaves)}
+
+
+def adapted_model(setup: Setup, trainable: Any) -> CausalLM:
+    """The base with the adapter beside it."""
+    base = combine(trainable["base"], setup.frozen.params["base"])
+    return adapt(nnx.merge(setup.program.graphdef, base), trainable["lora"], setup.frozen.scales)
+
+
+def sample(
+    trial: TrialConfig, setup: Setup, dataset: Dataset, parts: Sequence[Any]
+) -> list[list[str]]:
+    """Prompts out of the held-out text, and how the model with each trainable part goes on."""
+    tokenizer = data.load_tokenizer(resolve_source(trial.model.source, trial.model.revision))
+    (dev,) = dataset.dev.values()
+    step = max(1, len(dev) // SAMPLES)
+    prompts = [ids[:PROMPT_TOKENS].tolist() for ids in dev.input_ids[::step][:SAMPLES]]
+    columns = [[tokenizer.decode(prompt) for prompt in prompts]]
+    for part in parts:
+        model, key = adapted_model(setup, part), jax.random.key(trial.seed)
+        config = GenerationConfig.from_dict(SAMPLING)
+        made = generate(model, prompts, config, tokenizer=tokenizer, key=key)
+        columns.append([str(completion.text) for completion in made])
+    return columns
+
+
+def report_of(record: dict[str, Any]) -> str:
+    """The report in Markdown."""
+    rows = [f"| {name} | {x['before']:.2f} | {x['after']:.2f} | {x['tokens']:,} |"
+            for name, x in record["perplexity"].items()]  # fmt: skip
+    lines = ["| perplexity | before | after | tokens |", "|---|---|---|---|", *rows]
+    for sample in record["samples"]:
+        lines += ["", f"**{' '.join(sample['prompt'].split())}** ...", ""]
+        lines += [f"- {name}: {' '.join(sample[name].split())}" for name in ("before", "after")]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, measure, sample; print the report."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+    own, overrides = {}, []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in ("data", "plain"):
+            own[name] = Path(value)
+        else:
+            overrides.append(argument)
+    if "data" not in own:
+        raise LoraxError("give data=<file.txt>, a text whose style is to be learned")
+    trial = trial_of(own["data"], overrides)
+    check_trial(trial)
+    plain = plain_text(trial, own.get("plain"))
+    result = run_and_tell(trial)
+    if result["status"] == "diverged":
+        raise LoraxError(f"the trial diverged ({result['reason']}): take a lower optimizer.lr")
+    setup, dataset = prepare(trial), load_dataset(trial)
+    parts = {"before": setup.trainable, "after": trained_part(trial, setup)}
+    (held_out,) = dataset.dev.values()
+    record: dict[str, Any] = {"perplexity": {}}
+    for name, text in {"held-out text": held_out, "plain English": plain}.items():
+        scores = {
+            when: predict_all(setup, dataset, text, part, trial.train.eval_batch_size)
+            for when, part in parts.items()
+        }
+        record["perplexity"][name] = {
+            **{when: perplexity(outputs) for when, outputs in scores.items()},
+            "tokens": int(scores["before"][:, 1].sum()),
+        }
+    samples = sample(trial, setup, dataset, list(parts.values()))
+    names = ("prompt", *parts)
+    record["samples"] = [dict(zip(names, row, strict=True)) for row in zip(*samples, strict=True)]
+    report, folder = report_of(record), trial_dir(trial)
+    write_json(folder / "style.json", record)
+    (folder / "style.md").write_text(report)
+    print(f"\n{report}\n{folder / 'style.md'}")
+
+
+if __name__ == "__main__":
+    at_the_door(lambda: main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Losses of next tokens, some columns at a time: the logits of all tokens never exist at once.
+
+Shapes in names: B rows, T tokens, C tokens of a part, P parts, D width, V words.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+MOST_LOGITS = 2**24  # in float32 64 MiB, and as much again for their gradient
+
+
+class TokenScores(NamedTuple):
+    """How well each token was predicted.
+
+    Attributes:
+      losses: cross-entropy in nats, (B, T) float32.
+      hits: whether the likeliest token was the right one, (B, T) float32.
+    """
+
+    losses: jax.Array
+    hits: jax.Array
+
+
+def token_scores(
+    logits_of: Callable[[jax.Array], jax.Array],
+    x_BxTxD: jax.Array,
+    labels_BxT: jax.Array,
+    vocab_size: int,
+    *,
+    most_logits: int = MOST_LOGITS,
+) -> TokenScores:
+    """Scores labels by the logits of hidden states.
+
+    Beyond `most_logits` the columns are taken part by part, and a part's logits are computed once
+    more in the backward pass.
+
+    Args:
+      logits_of: from (B, C, D) to float32 logits (B, C, V).
+      x_BxTxD: hidden states.
+      labels_BxT: the tokens to come.
+      vocab_size: V.
+      most_logits: entries of logits that may exist at once; a column of all rows always does.
+    """
+
+    def score(x_BxCxD: jax.Array, labels_BxC: jax.Array) -> TokenScores:
+        logits_BxCxV = logits_of(x_BxCxD)
+        losses_BxC = optax.softmax_cross_entropy_with_integer_labels(logits_BxCxV, labels_BxC)
+        hits_BxC = logits_BxCxV.argmax(-1) == labels_BxC
+        return TokenScores(losses_BxC, hits_BxC.astype(jnp.float32))
+
+    rows, tokens = labels_BxT.shape
+    width = max(1, most_logits // (rows * vocab_size))
+    if width >= tokens:
+        return score(x_BxTxD, labels_BxT)
+    parts = -(-tokens // width)
+
+    def cut(x: jax.Array) -> jax.Array:
+        missing = [(0, 0), (0, parts * width - tokens)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.moveaxis(jnp.pad(x, missing).reshape(rows, parts, width, *x.shape[2:]), 1, 0)
+
+    columns = cut(x_BxTxD), cut(labels_BxT)
+    scores_PxBxC = jax.lax.map(lambda part: jax.checkpoint(score)(*part), columns)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :tokens], scores_PxBxC)
