@@ -20,23 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from hydra import compose, initialize_config_module
 
-from lorax import adapt, data
-from lorax.checkpoint import load_adapter, lora_tree, write_json
+from lorax import data
+from lorax.checkpoint import write_json
 from lorax.config import TrialConfig
 from lorax.data.files import read_text
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
-from lorax.lora import combine
-from lorax.models import CausalLM, resolve_source
-from lorax.sweep import at_the_door, config_of
+from lorax.models import resolve_source
+from lorax.sweep import at_the_door, config_of, own_arguments
 from lorax.sweep.serial import run_and_tell
 from lorax.train.dataset import Dataset, load_dataset
 from lorax.train.evaluation import predict_all
 from lorax.train.metrics import perplexity
 from lorax.train.setup import Setup, check_trial, prepare
+from lorax.train.trained import model_of, trained_part
 from lorax.trial_id import trial_dir
 
 SAMPLES, PROMPT_TOKENS = 3, 24
@@ -54,7 +53,7 @@ def trial_of(text: Path, overrides: Sequence[str]) -> TrialConfig:
     with initialize_config_module("conf", version_base=None):
         trial = config_of(compose("finetune", ["experiment=style", *overrides]))
     if trial.train.mode != "lora":
-        raise LoraxError(f"train.mode={trial.train.mode}: a style is learned with lora alone")
+        raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
     content = hashlib.sha256(text.read_bytes()).hexdigest()[:8]
     name = f"style-{text.stem}-{content}"
     task = replace(trial.task, data_dir=str(text.resolve()))
@@ -75,18 +74,6 @@ def plain_text(trial: TrialConfig, plain: Path | None) -> data.Encoded:
     return data.subsample(blocks, trial.task.max_dev_samples)
 
 
-def trained_part(trial: TrialConfig, setup: Setup) -> Any:
-    """What the trial's best evaluation saw, in the place of what training started from."""
-    leaves, _, _ = load_adapter(trial_dir(trial) / "adapter")
-    return {**setup.trainable, "lora": lora_tree(leaves)}
-
-
-def adapted_model(setup: Setup, trainable: Any) -> CausalLM:
-    """The base with the adapter beside it."""
-    base = combine(trainable["base"], setup.frozen.params["base"])
-    return adapt(nnx.merge(setup.program.graphdef, base), trainable["lora"], setup.frozen.scales)
-
-
 def sample(
     trial: TrialConfig, setup: Setup, dataset: Dataset, parts: Sequence[Any]
 ) -> list[list[str]]:
@@ -97,7 +84,7 @@ def sample(
     prompts = [ids[:PROMPT_TOKENS].tolist() for ids in dev.input_ids[::step][:SAMPLES]]
     columns = [[tokenizer.decode(prompt) for prompt in prompts]]
     for part in parts:
-        model, key = adapted_model(setup, part), jax.random.key(trial.seed)
+        model, key = model_of(setup, part), jax.random.key(trial.seed)
         config = GenerationConfig.from_dict(SAMPLING)
         made = generate(model, prompts, config, tokenizer=tokenizer, key=key)
         columns.append([str(completion.text) for completion in made])
@@ -118,18 +105,12 @@ def report_of(record: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Train, measure, sample; print the report."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    own, overrides = {}, []
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name in ("data", "plain"):
-            own[name] = Path(value)
-        else:
-            overrides.append(argument)
+    own, overrides = own_arguments(arguments, ("data", "plain"))
     if "data" not in own:
         raise LoraxError("give data=<file.txt>, a text whose style is to be learned")
-    trial = trial_of(own["data"], overrides)
+    trial = trial_of(Path(own["data"]), overrides)
     check_trial(trial)
-    plain = plain_text(trial, own.get("plain"))
+    plain = plain_text(trial, Path(own["plain"]) if "plain" in own else None)
     result = run_and_tell(trial)
     if result["status"] == "diverged":
         raise LoraxError(f"the trial diverged ({result['reason']}): take a lower optimizer.lr")

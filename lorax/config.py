@@ -112,6 +112,8 @@ class TrainConfig:
         kernels of its layers and `precision` for the rest.
       remat: keep the inputs of layers alone, and compute each once more in the backward pass:
         less memory, more time, the same numbers.
+      label_smoothing: share of each training target that is spread evenly over all classes, or
+        words (Szegedy et al. 2016, arXiv:1512.00567); scores are never smoothed.
       max_shapes: most shapes of packed batches that the step is compiled for.
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
         sweep over ranks; exact (the padding never receives a gradient). None: no padding.
@@ -132,6 +134,7 @@ class TrainConfig:
     precision: str = "fp32"
     base_dtype: str = "fp32"
     remat: bool = False
+    label_smoothing: float = 0.0
     max_shapes: int = 4
     pad_rank: int | None = None
     checkpoint_every: int | None = None

@@ -11,7 +11,7 @@ from lorax.config import LoraConfig, TrainConfig, TrialConfig
 
 ELSEWHERE = ("tracking", "sweep", "output_dir")
 NEVER_COUNT = ("checkpoint_every", "keep_checkpoints")
-NEW = ("remat",)  # fields of `train` that older trials do not know: at their default, not in a name
+NEW = ("remat", "label_smoothing")  # fields of `train` that older trials do not know: at their default, not in a name
 
 
 def trial_id(config: TrialConfig) -> str:

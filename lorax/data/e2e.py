@@ -32,7 +32,7 @@ def load_e2e(split: str, folder: Path, base: Path | None = None) -> Documents:
     Raises:
       LoraxError: a file is missing or malformed; the message gives the file and the line.
     """
-    separator = (special_tokens(base) if base else {}).get("bos_token", "\n")
+    separator = separator_of(base)
     texts: list[str] = []
     targets: list[tuple[Span, ...]] = []
     for mr, reference, where in _rows(folder, split):
@@ -40,6 +40,11 @@ def load_e2e(split: str, folder: Path, base: Path | None = None) -> Documents:
         texts.append(f"{prompt} {reference}")
         targets.append(((len(prompt), len(texts[-1])),))
     return Documents(texts, targets)
+
+
+def separator_of(base: Path | None) -> str:
+    """What stands between a prompt and its reference, by the folder of the tokenizer."""
+    return (special_tokens(base) if base else {}).get("bos_token", "\n")
 
 
 def prompt_of(mr: str, where: str = "mr") -> str:

@@ -10,6 +10,7 @@ from lorax.models.family import dropout_rates
 from lorax.models.hub import load_checkpoint, resolve_source
 from lorax.models.quantization import KINDS, Quantized, dequantize, quantize
 from lorax.models.reading import sum_by_sequence
+from lorax.models.token_loss import smoothed_losses
 from lorax.models.weights import check_checkpoint, load_causal_lm, load_model
 
 __all__ = [
@@ -38,5 +39,6 @@ __all__ = [
     "load_model",
     "quantize",
     "resolve_source",
+    "smoothed_losses",
     "sum_by_sequence",
 ]

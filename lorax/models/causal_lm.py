@@ -100,6 +100,7 @@ class CausalLM(nnx.Module):
         *,
         position_ids_BxT: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
+        smoothing: float = 0.0,
     ) -> TokenScores:
         """How well each token's successor is predicted; the logits of all are never held at once.
 
@@ -109,11 +110,14 @@ class CausalLM(nnx.Module):
           labels_BxT: the token to come after each.
           position_ids_BxT: as in a call.
           rngs: as in a call.
+          smoothing: share of each target that is spread evenly over all words.
         """
         x_BxTxD = self.decoder(
             input_ids_BxT, attention_mask_BxT, position_ids_BxT=position_ids_BxT, rngs=rngs
         )
-        return token_scores(self._logits, x_BxTxD, labels_BxT, self.config.vocab_size)
+        return token_scores(
+            self._logits, x_BxTxD, labels_BxT, self.config.vocab_size, smoothing=smoothing
+        )
 
     def _logits(self, x_BxTxD: jax.Array) -> jax.Array:
         tied = self.config.tie_word_embeddings

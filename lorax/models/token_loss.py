@@ -31,6 +31,7 @@ def token_scores(
     labels_BxT: jax.Array,
     vocab_size: int,
     *,
+    smoothing: float = 0.0,
     most_logits: int = MOST_LOGITS,
 ) -> TokenScores:
     """Scores labels by the logits of hidden states.
@@ -43,12 +44,13 @@ def token_scores(
       x_BxTxD: hidden states.
       labels_BxT: the tokens to come.
       vocab_size: V.
+      smoothing: share of each target that is spread evenly over all words.
       most_logits: entries of logits that may exist at once; a column of all rows always does.
     """
 
     def score(x_BxCxD: jax.Array, labels_BxC: jax.Array) -> TokenScores:
         logits_BxCxV = logits_of(x_BxCxD)
-        losses_BxC = optax.softmax_cross_entropy_with_integer_labels(logits_BxCxV, labels_BxC)
+        losses_BxC = smoothed_losses(logits_BxCxV, labels_BxC, smoothing)
         hits_BxC = logits_BxCxV.argmax(-1) == labels_BxC
         return TokenScores(losses_BxC, hits_BxC.astype(jnp.float32))
 
@@ -65,3 +67,15 @@ def token_scores(
     columns = cut(x_BxTxD), cut(labels_BxT)
     scores_PxBxC = jax.lax.map(lambda part: jax.checkpoint(score)(*part), columns)
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :tokens], scores_PxBxC)
+
+
+def smoothed_losses(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Cross-entropy of (..., V) logits with a share of each target spread over all V.
+
+    Szegedy et al. 2016 (arXiv:1512.00567), section 7; 0 is the plain cross-entropy.
+    """
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if not smoothing:
+        return losses
+    even = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
+    return (1 - smoothing) * losses + smoothing * even

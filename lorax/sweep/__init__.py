@@ -1,6 +1,6 @@
 """Many trials: from Hydra's overrides to a directory of results."""
 
-from lorax.sweep.cli import at_the_door, config_of, hydra_main, register
+from lorax.sweep.cli import at_the_door, config_of, hydra_main, own_arguments, register
 from lorax.sweep.packed import run_packed
 from lorax.sweep.plan_table import show_plan_if_asked
 from lorax.sweep.serial import check_trials, run_trials
@@ -10,6 +10,7 @@ __all__ = [
     "check_trials",
     "config_of",
     "hydra_main",
+    "own_arguments",
     "register",
     "run_packed",
     "run_trials",

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import hydra
@@ -95,6 +95,19 @@ def at_the_door(call: Callable[[], T]) -> T:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def own_arguments(
+    arguments: Sequence[str], names: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """A command's own `name=value` arguments, and the others, which are overrides of a trial.
+
+    >>> own_arguments(["data=a.txt", "lora.rank=4"], ["data"])
+    ({'data': 'a.txt'}, ['lora.rank=4'])
+    """
+    parts = [argument.partition("=") for argument in arguments]
+    own = {name: value for name, _, value in parts if name in names}
+    return own, ["".join(part) for part in parts if part[0] not in names]
 
 
 def quiet_libraries() -> None:

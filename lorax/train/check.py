@@ -44,9 +44,17 @@ def check_config(config: TrialConfig) -> None:
             f"train.grad_accum={train.grad_accum} does not divide "
             f"train.batch_size={train.batch_size}"
         )
-    if train.mode == "head" and not get_task(config.task.name).num_outputs:
+    task = get_task(config.task.name)
+    if not 0 <= train.label_smoothing < 1:
+        raise LoraxError(f"train.label_smoothing={train.label_smoothing} is not in [0, 1)")
+    if train.label_smoothing and task.kind == "regression":
         raise LoraxError(
-            f"train.mode=head: task {config.task.name} has no head to train; take lora or full"
+            f"train.label_smoothing={train.label_smoothing}: task {task.name} is a regression, "
+            "which has no classes to smooth over"
+        )
+    if train.mode == "head" and not task.num_outputs:
+        raise LoraxError(
+            f"train.mode=head: task {task.name} has no head to train; take lora or full"
         )
     if train.mode == "full" and train.base_dtype != "fp32":
         raise LoraxError(

@@ -32,7 +32,9 @@ def next_tokens(
     return jnp.roll(ids_BxT, -1, axis=1), is_target_BxT & (numbers_BxT != 0)
 
 
-def score_examples(model: Any, batch: dict[str, jax.Array], rngs: nnx.Rngs | None) -> jax.Array:
+def score_examples(
+    model: Any, batch: dict[str, jax.Array], rngs: nnx.Rngs | None, smoothing: float = 0.0
+) -> jax.Array:
     """Of each example (summed loss in nats, target tokens, hits): (N, 3).
 
     Args:
@@ -40,6 +42,7 @@ def score_examples(model: Any, batch: dict[str, jax.Array], rngs: nnx.Rngs | Non
       batch: as `lorax.data.collate` or `lorax.data.pad` makes it, of documents: its
         `token_type_ids` mark the tokens that are to be predicted.
       rngs: stream `dropout` turns dropout on.
+      smoothing: of the targets.
     """
     count = batch["weights"].shape[0]
     numbers_BxT = batch.get("segment_ids")
@@ -48,7 +51,12 @@ def score_examples(model: Any, batch: dict[str, jax.Array], rngs: nnx.Rngs | Non
     ids_BxT = batch["input_ids"]
     labels_BxT, is_target_BxT = next_tokens(ids_BxT, batch["token_type_ids"], numbers_BxT)
     scores = model.score(
-        ids_BxT, numbers_BxT, labels_BxT, position_ids_BxT=batch.get("position_ids"), rngs=rngs
+        ids_BxT,
+        numbers_BxT,
+        labels_BxT,
+        position_ids_BxT=batch.get("position_ids"),
+        rngs=rngs,
+        smoothing=smoothing,
     )
     weights_BxT = is_target_BxT.astype(jnp.float32)
     columns = (scores.losses * weights_BxT, weights_BxT, scores.hits * weights_BxT)

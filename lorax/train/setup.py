@@ -182,6 +182,7 @@ def prepare(config: TrialConfig) -> Setup:
         lora_dropout=spec.dropout if spec else 0.0,
         model_dropout=any(dropout_rates(model.config).values()),
         grad_accum=train.grad_accum,
+        label_smoothing=train.label_smoothing,
         saves_memory=train.remat or train.base_dtype in KINDS,
     )
     counts = _counts(shapes, adapter_params, mode)

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from lorax.lora import adapt, combine
+from lorax.models import smoothed_losses
 from lorax.train import optimizer
 from lorax.train.mesh import gather, regather, spread_rows
 from lorax.train.next_tokens import score_examples
@@ -33,6 +34,7 @@ class Program:
       lora_dropout: rate on the input of A.
       model_dropout: whether the model's own dropout is on in training.
       grad_accum: micro-batches a step.
+      label_smoothing: of the training targets.
       saves_memory: layers or their weights are computed again in the backward pass.
     """
 
@@ -41,6 +43,7 @@ class Program:
     lora_dropout: float = 0.0
     model_dropout: bool = False
     grad_accum: int = 1
+    label_smoothing: float = 0.0
     saves_memory: bool = False
 
 
@@ -67,11 +70,18 @@ def init_state(trainable: Any, hyper: Hyper, key: jax.Array) -> State:
 
 
 def forward(
-    program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None = None
+    program: Program,
+    trainable: Any,
+    frozen: Frozen,
+    batch: Batch,
+    key: jax.Array | None = None,
+    *,
+    smoothing: float = 0.0,
 ) -> jax.Array:
     """Outputs of each example (N, outputs) in fp32; deterministic without a key.
 
-    They are a classifier's logits, or what `score_examples` says of a language model.
+    They are a classifier's logits, or what `score_examples` says of a language model, by
+    smoothed targets if asked.
 
     The batch is packed, as `lorax.data.collate` makes it, or has an example a row, as
     `lorax.data.pad` does.
@@ -81,7 +91,7 @@ def forward(
     model = adapt(model, params["lora"], frozen.scales, dropout=program.lora_dropout, key=key)
     rngs = nnx.Rngs(key) if key is not None and program.model_dropout else None
     if program.kind == "causal_lm":
-        return score_examples(model, batch, rngs)
+        return score_examples(model, batch, rngs, smoothing)
     return model(
         batch["input_ids"],
         batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"],
@@ -92,18 +102,18 @@ def forward(
     )
 
 
-def example_losses(kind: str, outputs: Any, labels: Any) -> tuple[Any, Any]:
+def example_losses(kind: str, outputs: Any, labels: Any, smoothing: float = 0.0) -> tuple[Any, Any]:
     """Each example's loss and what it counts for in the mean: (N,) and (N,).
 
-    Cross-entropy of classes or squared error of scores, an example counting 1; of a language model
-    the cross-entropy of all its target tokens, and their number.
+    Cross-entropy of classes, their targets smoothed if asked, or squared error of scores, an
+    example counting 1; of a language model the cross-entropy of all its target tokens, as
+    `score_examples` has it, and their number.
     """
     if kind == "causal_lm":
         return outputs[:, 0], outputs[:, 1]
     if kind == "regression":
         return optax.squared_error(outputs[:, 0], labels), jnp.ones(len(labels))
-    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, labels)
-    return losses, jnp.ones(len(labels))
+    return smoothed_losses(outputs, labels, smoothing), jnp.ones(len(labels))
 
 
 def _loss_and_grad(
@@ -112,8 +122,9 @@ def _loss_and_grad(
     """Summed loss over one micro-batch, what it counts for, and its gradient."""
 
     def loss(part: Any) -> tuple[jax.Array, jax.Array]:
-        outputs = forward(program, part, frozen, batch, key)
-        losses_N, counts_N = example_losses(program.kind, outputs, batch["labels"])
+        smoothing = program.label_smoothing
+        outputs = forward(program, part, frozen, batch, key, smoothing=smoothing)
+        losses_N, counts_N = example_losses(program.kind, outputs, batch["labels"], smoothing)
         return jnp.sum(batch["weights"] * losses_N), jnp.sum(batch["weights"] * counts_N)
 
     return jax.value_and_grad(regather(loss), has_aux=True)(trainable)

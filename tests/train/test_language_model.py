@@ -12,6 +12,7 @@ from causal_zoo import load_lm, write_lm
 
 from lorax import data
 from lorax.errors import LoraxError
+from lorax.models import smoothed_losses
 from lorax.models.token_loss import token_scores
 from lorax.train import check_trial, run_trial
 from lorax.train.dataset import load_dataset
@@ -247,3 +248,32 @@ def test_scores_of_no_example_leak_into_another(base):
     both = data.collate(encoded, np.arange(2), [[1, 0]], layout, rows=1)
     alone = [score_examples(model, data.pad(encoded, np.asarray([n])), None)[0] for n in range(2)]
     np.testing.assert_allclose(score_examples(model, both, None), alone, rtol=1e-5)
+
+
+def test_smoothed_targets_are_those_of_torch(trial, base):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(9, 17)).astype(np.float32), rng.integers(0, 17, 9)
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(logits), torch.tensor(labels), label_smoothing=0.1, reduction="none"
+    )
+    np.testing.assert_allclose(smoothed_losses(logits, labels, 0.1), expected, rtol=1e-5)
+    plain, smooth = trial(), trial(train={"label_smoothing": 0.1})
+    outputs = []
+    for config in (plain, smooth):
+        dataset, setup = load_dataset(config), prepare(config)
+        outputs.append(predict_all(setup, dataset, dataset.dev["dev"], setup.trainable, 16))
+    np.testing.assert_array_equal(*outputs)  # scores are never smoothed
+    hyper, batch = hyper_of(smooth), data.pad(dataset.train, np.arange(8))
+    state = init_state(setup.trainable, hyper, setup.dropout_key)
+    state = jax.tree.map(lambda x: jnp.array(x, copy=True), state)
+    _, loss = train_step(setup.program, state, setup.frozen, hyper, batch)
+    model = load_lm(base)
+    logits = model(batch["input_ids"], batch["attention_mask"])[:, :-1]
+    marks = batch["token_type_ids"][:, 1:] != 0
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(np.asarray(logits)[marks]),
+        torch.tensor(batch["input_ids"][:, 1:][marks], dtype=torch.long),
+        label_smoothing=0.1,
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)

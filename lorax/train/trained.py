@@ -1,0 +1,34 @@
+"""A finished trial's model, to go on with outside of training."""
+
+from typing import Any
+
+from flax import nnx
+
+from lorax.checkpoint import load_adapter, lora_tree
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
+from lorax.lora import adapt, combine
+from lorax.train.setup import Setup
+from lorax.trial_id import trial_dir
+
+
+def trained_part(trial: TrialConfig, setup: Setup) -> Any:
+    """What the best evaluation saw of a trial's adapter, in the place of what it started from.
+
+    Args:
+      trial: a finished trial of a language model, in mode `lora`.
+      setup: of `prepare`.
+
+    Raises:
+      LoraxError: another mode, or no adapter in the trial's directory.
+    """
+    if trial.train.mode != "lora":
+        raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
+    leaves, _, _ = load_adapter(trial_dir(trial) / "adapter")
+    return {**setup.trainable, "lora": lora_tree(leaves)}
+
+
+def model_of(setup: Setup, trainable: Any) -> Any:
+    """The base with an adapter beside it, without dropout."""
+    base = combine(trainable["base"], setup.frozen.params["base"])
+    return adapt(nnx.merge(setup.program.graphdef, base), trainable["lora"], setup.frozen.scales)
