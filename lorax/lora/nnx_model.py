@@ -4,7 +4,7 @@ Inside `jax.jit` the swap happens while tracing and costs nothing when the progr
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ from lorax.errors import LoraxError
 from lorax.lora import low_rank
 from lorax.lora.adapter import LoraTree
 from lorax.lora.low_rank import Branch
-from lorax.lora.merge import Scales, check_fit, scales_of
-from lorax.lora.spec import LoraSpec
+from lorax.lora.merge import Scales, scales_of
+from lorax.lora.surgery import layer_axes, swap
 
 
 class LoraParam(nnx.Param):
@@ -49,12 +49,16 @@ class LoraLayer(nnx.Module):
         if isinstance(self.base, nnx.Einsum) and (any(args) or kwargs.get("einsum_str")):
             raise LoraxError(f"{self.path!r}: give the einsum to the layer, not to its call")
         y = self.base(inputs, *args, **kwargs)
-        return y + _low_rank(self.base, inputs, self.branch, y.dtype)
+        return y + self.share(lambda x, branch: _low_rank(self.base, x, branch, y.dtype), inputs)
 
     def attend(self, query: jax.Array) -> jax.Array:
         """Of an embedding: logits over its rows, the adapter's share included."""
         logits = self.base.attend(query)
-        return logits + low_rank.attend(query, self.branch).astype(logits.dtype)
+        return logits + self.share(low_rank.attend, query).astype(logits.dtype)
+
+    def share(self, path: Callable[[jax.Array, Branch], jax.Array], x: jax.Array) -> jax.Array:
+        """What a low-rank path adds to the layer's output."""
+        return path(x, self.branch)
 
 
 def _low_rank(base: Any, x: jax.Array, branch: Branch, dtype: Any) -> jax.Array:
@@ -107,7 +111,7 @@ def adapt(
       LoraxError: a target that is not in the model, does not fit its layer, or is of a layer
         without a low-rank path; a key without a dropout rate.
 
-    >>> from lorax.lora.adapter import init
+    >>> from lorax.lora import LoraSpec, init
     >>> model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
     >>> spec = LoraSpec(rank=2, targets="kernel")
     >>> lora = init(jax.random.key(1), nnx.to_pure_dict(nnx.state(model)), spec)
@@ -117,87 +121,12 @@ def adapt(
     """
     rate = low_rank.rate_of(spec, dropout, key)
     factors = scales_of(lora, spec)
-    model = nnx.clone(model)
-    shared = [[list(map(str, path)) for path in group] for group in nnx.find_duplicates(model)]
-    for path, pair in lora.items():
-        branch = Branch(path, pair["a"], pair["b"], factors[path], rate, key)
-        model = _swap(model, branch, shared)
-    return model
 
+    def wrap(layer: Any, path: str) -> LoraLayer:
+        pair = lora[path]
+        return LoraLayer(layer, Branch(path, pair["a"], pair["b"], factors[path], rate, key))
 
-def _swap(model: nnx.Module, branch: Branch, shared: list[list[list[str]]]) -> nnx.Module:
-    *parents, leaf = branch.path.split(".")
-    layer = _walk(model, parents, branch.path)
-    axes = layer_axes(layer, branch.path)
-    _check_layer(layer, axes, branch)
-    adapted = LoraLayer(layer, branch)
-    if not parents:
-        return adapted
-    for *owners, name in _aliases(shared, parents, leaf):
-        _set_child(_walk(model, owners, branch.path), name, adapted)
-    return model
-
-
-def _aliases(shared: list[list[list[str]]], parents: list[str], leaf: str) -> list[list[str]]:
-    """Every path of a layer: a module may be called from several places."""
-    for group in shared:
-        if [*parents, leaf] in group:
-            names = [".".join(path) for path in group]
-            raise LoraxError(f"{names} are one array in different layers; use lorax.merge")
-    return next((group for group in shared if parents in group), [parents])
-
-
-def _walk(node: Any, names: list[str], path: str) -> Any:
-    for name in names:
-        try:
-            node = _child(node, name)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-            raise LoraxError(f"the adapter's target {path!r} is not in the model") from None
-    return node
-
-
-def _child(node: Any, name: str) -> Any:
-    if isinstance(node, Mapping):
-        return node[name] if name in node else node[int(name)]
-    return node[int(name)] if name.isdigit() else getattr(node, name)
-
-
-def _set_child(node: Any, name: str, child: nnx.Module) -> None:
-    if isinstance(node, Mapping):
-        node[name if name in node else int(name)] = child  # type: ignore[index]
-    elif name.isdigit():
-        node[int(name)] = child
-    else:
-        setattr(node, name, child)
-
-
-def _check_layer(layer: Any, axes: str, branch: Branch) -> None:
-    kernel = layer.embedding if isinstance(layer, nnx.Embed) else layer.kernel
-    if len(kernel.shape) != len(axes):
-        raise LoraxError(
-            f"{branch.path!r} of shape {kernel.shape} is stacked by a transform (nnx.vmap), "
-            "which adapt cannot see into; use lorax.merge"
-        )
-    rules = LoraSpec(kernel_axes={branch.path: axes})
-    shaped = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)  # the kernel may be quantized
-    check_fit({branch.path: shaped}, {branch.path: {"a": branch.a, "b": branch.b}}, rules)
-
-
-def layer_axes(layer: Any, path: str) -> str:
-    """Which axes of a layer's kernel are inputs (i), outputs (o) or stacked (b).
-
-    Raises:
-      LoraxError: a layer that has no low-rank path.
-    """
-    if isinstance(layer, nnx.Linear | nnx.Embed):
-        return "io"
-    if isinstance(layer, nnx.Einsum):
-        return low_rank.einsum_axes(layer.einsum_str, path)
-    if isinstance(layer, nnx.LinearGeneral) and not layer.batch_axis:
-        return "i" * len(layer.in_features) + "o" * len(layer.out_features)
-    if isinstance(layer, nnx.Conv) and layer.feature_group_count == 1 and layer.mask is None:
-        return "i" * (len(layer.kernel_size) + 1) + "o"
-    raise low_rank.unsupported(path, layer)
+    return swap(model, lora, wrap)
 
 
 def kernel_axes(model: nnx.Module) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lorax.errors import LoraxError
@@ -28,8 +29,10 @@ def union(adapters: Iterable[LoraTree]) -> dict[str, dict[str, jax.ShapeDtypeStr
         for path, pair in adapter.items():
             held = largest.setdefault(path, {})
             for name, leaf in pair.items():
-                shape = np.maximum(leaf.shape, held[name].shape) if name in held else leaf.shape
-                held[name] = jax.ShapeDtypeStruct(tuple(map(int, shape)), leaf.dtype)
+                largest_so_far = held.get(name, leaf)
+                shape = np.maximum(leaf.shape, largest_so_far.shape)
+                dtype = jnp.promote_types(leaf.dtype, largest_so_far.dtype)
+                held[name] = jax.ShapeDtypeStruct(tuple(map(int, shape)), dtype)
     return largest
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
+from lorax.lora import LoraRows
 from lorax.models.families import family_of
 from lorax.models.family import Pooler
 from lorax.models.functions import dropout
@@ -140,6 +141,8 @@ class SequenceClassifier(nnx.Module):
             a row.
           rngs: stream `dropout` turns dropout on; None is deterministic.
         """
+        if first_tokens_N is not None and nnx.state(self, LoraRows):
+            raise LoraxError("adapt_rows: give each sequence a row of its own, not packed rows")
         x_BxTxD = self.encoder(
             input_ids_BxT,
             attention_mask_BxT,

@@ -1,5 +1,7 @@
 """Small decoders of transformers with random weights, and what their tests share."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -64,3 +66,39 @@ def torch_logits(model, ids, mask, positions=None):
     tensors = (torch.tensor(np.asarray(x), dtype=torch.long) for x in (ids, mask, positions))
     ids, mask, positions = tensors
     return model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+
+
+WORDS = [f"w{n}" for n in range(40)]
+
+
+def write_lm_base(folder, model_type="llama"):
+    """A tiny decoder of random weights with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", ".", ":", *WORDS]
+    write_lm(folder, model_type, tie_word_embeddings=True, vocab_size=len(words), eos_token_id=2)
+    vocabulary = {word: n for n, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(words[:3])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
+    return folder
+
+
+def write_pairs(folder):
+    """Prompts of unlike lengths, each with the completion it decides."""
+    rows = []
+    for n in range(120):
+        prompt = " ".join(f"w{(n + i) % 40}" for i in range(1 + n % 9)) + " :"
+        rows.append({"prompt": prompt, "completion": f" w{n % 40} w{(n + 3) % 40}"})
+    for name, part in (("train", rows[:90]), ("dev", rows[90:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder
+
+
+def write_text(path):
+    """A text of repeating words, in lines."""
+    lines = [f"w{n % 7} w{(n + 1) % 7} w{(2 * n) % 40} w{n % 3}." for n in range(400)]
+    path.write_text("\n".join(lines))
+    return path

@@ -1,0 +1,59 @@
+"""Our adapted kernels as PEFT's adapted modules: ranks and alphas, pairs, parts fused."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lorax.errors import LoraxError
+from lorax.interop.peft_fused import fuse
+from lorax.interop.peft_names import fused_part, module_of, name_of
+from lorax.lora import LoraSpec, LoraTree
+from lorax.lora.spec import SCALINGS
+
+
+class Module(NamedTuple):
+    """The numbers of one adapted module of theirs."""
+
+    rank: int
+    alpha: float
+
+
+def by_name(lora: LoraTree, model_type: str, *, bare: bool) -> dict[str, list[str]]:
+    """PEFT's module to ours: one, or the parts of a fused one that are adapted."""
+    names: dict[str, list[str]] = {}
+    for path in lora:
+        names.setdefault(name_of(module_of(path), model_type, bare=bare), []).append(path)
+    return names
+
+
+def as_module(
+    paths: list[str], lora: LoraTree, spec: LoraSpec, model_type: str
+) -> tuple[Mapping[str, Any], Module]:
+    """The pair of a module of theirs, and its numbers in the config."""
+    for path in paths:
+        _check_pair(path, lora[path], spec)
+    first, *_ = paths
+    rank, alpha = spec.rank_of(first), spec.alpha_of(first)
+    if fused_part(first, model_type) is None:
+        return lora[first], Module(rank, alpha)
+    pairs, of = {}, 1
+    for path in paths:
+        n, of = fused_part(path, model_type) or (0, 1)
+        share = spec.scale(path) / spec.scale(first)
+        pairs[n] = np.asarray(lora[path]["a"]), share * np.asarray(lora[path]["b"])
+    a, b = fuse(pairs, of)
+    # The alpha that gives the first part's scale at the rank of the whole.
+    return {"a": a, "b": b}, Module(len(a), SCALINGS[spec.scaling](alpha, rank / len(a)))
+
+
+def _check_pair(path: str, pair: Mapping[str, Any], spec: LoraSpec) -> None:
+    if path.startswith("head."):
+        raise LoraxError(f"{path!r} is of the head, whose adapter PEFT's format has no place for")
+    if set(pair) != {"a", "b"}:
+        raise LoraxError(f"the adapter of {path!r} has {', '.join(pair)}; PEFT's format has a, b")
+    rank, stored = spec.rank_of(path), pair["a"].shape[0]
+    if rank != stored:
+        raise LoraxError(
+            f"the adapter of {path!r} is of rank {stored}, its spec says {rank}: unpad it first"
+        )
