@@ -28,7 +28,7 @@ from lorax.config import TrialConfig
 from lorax.data.files import read_text
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
-from lorax.models import resolve_source
+from lorax.models import load_config, resolve_source
 from lorax.sweep import at_the_door, config_of, own_arguments
 from lorax.sweep.serial import run_and_tell
 from lorax.train.dataset import Dataset, load_dataset
@@ -39,7 +39,7 @@ from lorax.train.trained import model_of, trained_part
 from lorax.trial_id import trial_dir
 
 SAMPLES, PROMPT_TOKENS = 3, 24
-SAMPLING = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 64}
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 64}
 
 
 def trial_of(text: Path, overrides: Sequence[str]) -> TrialConfig:
@@ -58,6 +58,15 @@ def trial_of(text: Path, overrides: Sequence[str]) -> TrialConfig:
     name = f"style-{text.stem}-{content}"
     task = replace(trial.task, data_dir=str(text.resolve()))
     return replace(trial, task=task, sweep=replace(trial.sweep, name=name))
+
+
+def _check_room(trial: TrialConfig) -> None:
+    room, needed = load_config(trial.model, is_decoder=True).max_length, SAMPLING["max_new_tokens"]
+    if room < PROMPT_TOKENS + needed:
+        raise LoraxError(
+            f"model.source={trial.model.source} has {room} positions, and a sample takes "
+            f"{PROMPT_TOKENS + needed}"
+        )
 
 
 def plain_text(trial: TrialConfig, plain: Path | None) -> data.Encoded:
@@ -110,6 +119,7 @@ def main(arguments: Sequence[str]) -> None:
         raise LoraxError("give data=<file.txt>, a text whose style is to be learned")
     trial = trial_of(Path(own["data"]), overrides)
     check_trial(trial)
+    _check_room(trial)
     plain = plain_text(trial, Path(own["plain"]) if "plain" in own else None)
     result = run_and_tell(trial)
     if result["status"] == "diverged":

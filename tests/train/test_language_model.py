@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import load_lm, write_lm
+from causal_zoo import load_lm, write_lm_base, write_pairs, write_text
 
 from lorax import data
 from lorax.errors import LoraxError
@@ -21,40 +21,15 @@ from lorax.train.next_tokens import score_examples
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state, predict, train_step
 
-WORDS = [f"w{n}" for n in range(40)]
-TEXT = "\n".join(f"w{n % 7} w{(n + 1) % 7} w{(2 * n) % 40} w{n % 3}." for n in range(400))
-
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A tiny LLaMA of random weights with a tokenizer of words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("lm")
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", ".", ":", *WORDS]
-    write_lm(folder, "llama", tie_word_embeddings=True, vocab_size=len(words), eos_token_id=2)
-    tokenizer = Tokenizer(
-        models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(words[:3])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-    return folder
+    return write_lm_base(tmp_path_factory.mktemp("lm"))
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """Prompts of unlike lengths, each with the completion it decides."""
-    rows = [
-        {"prompt": " ".join(f"w{(n + i) % 40}" for i in range(1 + n % 9)) + " :",
-         "completion": f" w{n % 40} w{(n + 3) % 40}"}
-        for n in range(120)
-    ]  # fmt: skip
-    folder = tmp_path_factory.mktemp("pairs")
-    for name, part in (("train", rows[:90]), ("dev", rows[90:])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    return folder
+    return write_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture
@@ -188,8 +163,7 @@ def test_a_language_model_learns_and_leaves_its_adapter(trial, tmp_path):
 
 
 def test_blocks_of_a_text_are_trained_on(trial, tmp_path):
-    file = tmp_path / "style.txt"
-    file.write_text(TEXT)
+    file = write_text(tmp_path / "style.txt")
     config = trial(task={"name": "text", "data_dir": str(file)}, train={"max_steps": 3})
     dataset = load_dataset(config)
     assert dataset.train.lengths.max() == 24 and (dataset.dev["dev"].lengths <= 24).all()
