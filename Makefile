@@ -4,11 +4,12 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
-.PHONY: help ablation test lint setup assets constraints clean
+.PHONY: help ablation test test-large lint setup assets constraints clean
 
 help:
 	@echo "make ablation   set up, run a real rank ablation, write its report"
 	@echo "make test       set up, run all tests"
+	@echo "make test-large fetch weights of 500 MB, run the tests that need them"
 	@echo "make lint       ruff and mypy"
 
 ablation: .venv/ready assets
@@ -16,6 +17,10 @@ ablation: .venv/ready assets
 
 test: .venv/ready-test assets
 	@$(PY) -m pytest
+
+test-large: .venv/ready-test
+	@$(PY) scripts/fetch_assets.py mpnet smollm2
+	@$(PY) -m pytest tests/large --timeout=1800
 
 lint: .venv/ready-lint
 	@$(PY) -m ruff check

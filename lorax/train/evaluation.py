@@ -48,7 +48,7 @@ def score(dataset: Dataset, outputs: Mapping[str, np.ndarray]) -> dict[str, floa
         suffix = "" if n == 0 else "_" + name.removeprefix("dev_")
         losses, counts = example_losses(task.kind, outputs[name], encoded.labels)
         metrics = evaluate(task.metrics, task.kind, outputs[name], encoded.labels)
-        metrics["loss"] = float(np.sum(losses, dtype=np.float64) / np.sum(counts))
+        metrics["loss"] = float(np.asarray(losses).sum(dtype=np.float64) / np.asarray(counts).sum())
         results |= {metric + suffix: value for metric, value in metrics.items()}
     return results
 

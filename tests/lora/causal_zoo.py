@@ -88,6 +88,7 @@ def write_lm_base(folder, model_type="llama"):
 
 def write_pairs(folder):
     """Prompts of unlike lengths, each with the completion it decides."""
+    folder.mkdir(exist_ok=True)
     rows = []
     for n in range(120):
         prompt = " ".join(f"w{(n + i) % 40}" for i in range(1 + n % 9)) + " :"

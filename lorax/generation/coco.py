@@ -1,0 +1,62 @@
+"""METEOR, ROUGE-L and CIDEr by the coco-caption tool's scorers, which read Java's tokens."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+
+from lorax.errors import LoraxError
+
+COCO = ("meteor", "rouge_l", "cider")
+
+
+def has_java() -> bool:
+    """Whether `java` runs: macOS has a stub of that name that only says where to get it."""
+    java = shutil.which("java")
+    if java is None:
+        return False
+    return subprocess.run([java, "-version"], check=False, capture_output=True).returncode == 0
+
+
+def coco_scores(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], names: Sequence[str]
+) -> dict[str, float]:
+    """Scores of texts without line breaks by pycocoevalcap, which has coco-caption's code and jars.
+
+    Args:
+      hypotheses: a text each.
+      references: for each hypothesis, one or more texts.
+      names: any of `COCO`.
+
+    Raises:
+      LoraxError: Java could not do its part.
+    """
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    scorers = {"meteor": Meteor, "rouge_l": Rouge, "cider": Cider}
+    lines = [[text, *texts] for text, texts in zip(hypotheses, references, strict=True)]
+    try:
+        tokens = _ptb_tokens(lines)
+        of_references = {i: line[1:] for i, line in enumerate(tokens)}
+        of_hypotheses = {i: line[:1] for i, line in enumerate(tokens)}
+        scores = {
+            name: scorers[name]().compute_score(of_references, of_hypotheses) for name in names
+        }
+    except (OSError, ValueError) as error:  # no room, no right to write, no memory for Java
+        raise LoraxError(
+            f"{', '.join(names)}: pycocoevalcap failed ({error}); its folder has to be writable, "
+            "and METEOR's Java needs 2 GB"
+        ) from error
+    return {name: float(score) for name, (score, _) in scores.items()}
+
+
+def _ptb_tokens(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Each text in lower-case tokens with spaces between, punctuation left out."""
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    captions = {i: [{"caption": text} for text in texts] for i, texts in enumerate(lines)}
+    tokens = list(PTBTokenizer().tokenize(captions).values())
+    if [*map(len, tokens)] != [*map(len, lines)]:
+        raise ValueError("the tokenizer's output has other lines than its input")
+    return tokens

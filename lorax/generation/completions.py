@@ -1,0 +1,169 @@
+"""The door: prompts in, completions out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from lorax.errors import LoraxError
+from lorax.generation.config import GenerationConfig
+from lorax.generation.decode import Made, draw, search
+from lorax.generation.program import Options, Program
+from lorax.generation.prompts import (
+    batches,
+    check_tokenizer,
+    encode_prompts,
+    power_of_two,
+    round_up,
+)
+from lorax.generation.text import Stops, cut, text_after
+from lorax.models import CausalLM
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated after one prompt.
+
+    Attributes:
+      ids: new tokens, with the one that ended them.
+      text: of them, before the stop text, if there is one, and without the token that ended
+        them; None without a tokenizer.
+      log_prob: the model's, of `ids` together, before temperature and cuts.
+      score: log_prob / len(ids) ** length_penalty, which a beam search ranks by.
+      ended_by: `eos`, `stop` or `length`.
+    """
+
+    ids: list[int]
+    text: str | None
+    log_prob: float
+    score: float
+    ended_by: str
+
+
+def generate(
+    model: CausalLM,
+    prompts: Sequence[Any],
+    config: GenerationConfig | None = None,
+    *,
+    tokenizer: Tokenizer | None = None,
+    key: jax.Array | None = None,
+    batch_size: int = 32,
+) -> list[Completion]:
+    """Continues prompts: greedily, by sampling, or by beam search.
+
+    A program is compiled for each shape: prompts' lengths and `max_new_tokens` are rounded up to
+    multiples of 32. Other prompts, weights, adapters and values of options take it again.
+
+    Args:
+      model: plain, merged, or adapted by `lorax.adapt`.
+      prompts: texts, or sequences of token ids.
+      config: None: greedy, 64 new tokens.
+      tokenizer: the model's (`lorax.data.load_tokenizer`); texts and `stop` need it.
+      key: seeds sampling. Each prompt draws from a stream of its own, named by its place in
+        `prompts`: what is drawn for it depends neither on the others nor on `batch_size`.
+      batch_size: rows that are generated at a time.
+
+    Returns:
+      A completion for each prompt, in their order.
+
+    Raises:
+      LoraxError: before any work, naming the prompt or the option that is not served.
+
+    >>> from lorax.models.gpt2 import Gpt2Config
+    >>> config = Gpt2Config(8, 8, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = CausalLM(config, rngs=nnx.Rngs(0))
+    >>> [made] = generate(model, [[1, 2]], GenerationConfig(max_new_tokens=3))
+    >>> len(made.ids), made.ended_by, made.text
+    (3, 'length', None)
+    """
+    config = config or GenerationConfig()
+    stops = Stops(config.stops, tokenizer)
+    ids = _checked(model, prompts, config, tokenizer=tokenizer, key=key, batch_size=batch_size)
+    graphdef, state = nnx.split(model)
+    program = _program(graphdef, config)
+    params, options = nnx.to_pure_dict(state), _options(config, key)
+    found: dict[int, Completion] = {}
+    for batch in batches(ids, batch_size, model.config.max_length):
+        if config.num_beams > 1:
+            made = search(program, params, batch, options)
+        else:
+            made = draw(program, params, batch, options, stops=stops, prompts=ids)
+        for n, row in zip(batch.row.tolist(), made, strict=False):
+            found[n] = _completion(config, tokenizer, ids[n], row)
+    return [found[n] for n in range(len(ids))]
+
+
+def _completion(
+    config: GenerationConfig, tokenizer: Tokenizer | None, prompt: list[int], made: Made
+) -> Completion:
+    ids, log_prob, is_stopped = made
+    has_eos = ids[-1] in config.eos_ids
+    text = None
+    if tokenizer is not None:
+        text = text_after(tokenizer, prompt, ids[:-1] if has_eos and not is_stopped else ids)
+        text = cut(text, config.stops) if is_stopped else text
+    score = log_prob / len(ids) ** config.length_penalty
+    ended_by = "stop" if is_stopped else "eos" if has_eos else "length"
+    return Completion(ids, text, log_prob, score, ended_by)
+
+
+def _checked(
+    model: Any,
+    prompts: Sequence[Any],
+    config: GenerationConfig,
+    *,
+    tokenizer: Tokenizer | None,
+    key: jax.Array | None,
+    batch_size: int,
+) -> list[list[int]]:
+    """The prompts' ids, if all is well."""
+    if not isinstance(model, CausalLM):
+        raise LoraxError(f"a CausalLM generates (load_causal_lm), not a {type(model).__name__}")
+    if batch_size < 1:
+        raise LoraxError(f"batch_size={batch_size} is not a whole number from 1")
+    if config.temperature and key is None:
+        raise LoraxError(f"temperature={config.temperature} samples: give key=jax.random.key(seed)")
+    words, longest = model.config.vocab_size, model.config.max_length
+    if wrong := [token for token in config.eos_ids if token >= words]:
+        raise LoraxError(f"eos_token_id={wrong[0]}: this model's ids are 0 to {words - 1}")
+    if config.max_new_tokens >= longest:
+        raise LoraxError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt: "
+            f"this model has {longest} positions"
+        )
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, words)
+    return encode_prompts(prompts, tokenizer, words, longest - config.max_new_tokens)
+
+
+def _program(graphdef: Any, config: GenerationConfig) -> Program:
+    return Program(
+        graphdef,
+        room=round_up(config.max_new_tokens),
+        num_beams=config.num_beams,
+        samples=config.temperature > 0,
+        cuts=config.temperature > 0 and (config.top_k > 0 or config.top_p < 1),
+        ngram=config.no_repeat_ngram_size,
+    )
+
+
+def _options(config: GenerationConfig, key: jax.Array | None) -> Options:
+    # Up to a power of two, so that no id and one share a program; -1 is no token.
+    eos = list(config.eos_ids) or [-1]
+    eos += [-1] * (power_of_two(len(eos)) - len(eos))
+    return Options(
+        jnp.float32(config.temperature),
+        jnp.int32(min(config.top_k, np.iinfo(np.int32).max)),
+        jnp.float32(config.top_p),
+        jnp.float32(config.length_penalty),
+        jnp.asarray(config.early_stopping is True),
+        jnp.asarray(config.early_stopping == "never"),
+        jnp.int32(config.max_new_tokens),
+        jnp.asarray(eos, jnp.int32),
+        jax.random.key(0) if key is None else key,
+    )

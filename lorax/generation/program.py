@@ -1,0 +1,97 @@
+"""What generation's compiled programs share: their static part, their data, the model's calls.
+
+Shapes in names: B rows, P columns of the prompts, S columns in all (prompts, then what is
+generated), V words, E ids that end a row.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lorax.models import KVCache
+
+
+@dataclass(frozen=True)
+class Program:
+    """The static part: what differs in data alone shares a compiled program.
+
+    Attributes:
+      graphdef: of the NNX model.
+      room: columns for generated tokens, as many as the limit or more.
+      num_beams: of a search.
+      samples: tokens are drawn, not the most probable taken.
+      cuts: and from a part of the words, by top-k or top-p.
+      ngram: size of n-grams that may not come twice; 0: all may.
+    """
+
+    graphdef: Any
+    room: int
+    num_beams: int = 1
+    samples: bool = False
+    cuts: bool = False
+    ngram: int = 0
+
+
+class Options(NamedTuple):
+    """The data part, scalars but for `eos`, (E,); see `GenerationConfig`."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    length_penalty: jax.Array
+    is_early: jax.Array
+    is_never: jax.Array
+    limit: jax.Array
+    eos: jax.Array
+    key: jax.Array
+
+
+class Prompts(NamedTuple):
+    """A batch of prompts, padded on the left.
+
+    Attributes:
+      ids: token ids, (B, P).
+      mask: 0 on padding, 1 elsewhere, (B, P).
+      row: each row's place among all prompts: it names the row's stream of random numbers,
+        (B,).
+      is_real: False in rows that fill the batch, (B,).
+    """
+
+    ids: jax.Array
+    mask: jax.Array
+    row: jax.Array
+    is_real: jax.Array
+
+
+def prefill(program: Program, params: Any, prompts: Prompts) -> tuple[jax.Array, KVCache]:
+    """Logits of the first new tokens, (B, V), and a cache with room for all."""
+    model = nnx.merge(program.graphdef, params)
+    batch, length = prompts.ids.shape
+    cache = KVCache.empty(model.config, batch, length + program.room, model.decoder.dtype)
+    logits_BxTxV, cache = model(prompts.ids, prompts.mask, cache=cache, only_last=True)
+    return logits_BxTxV[:, -1], cache
+
+
+def next_logits(
+    program: Program, params: Any, token_B: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Logits of the tokens after these, (B, V), and the cache with these."""
+    model = nnx.merge(program.graphdef, params)
+    logits_BxTxV, cache = model(token_B[:, None], jnp.ones_like(token_B)[:, None], cache=cache)
+    return logits_BxTxV[:, -1], cache
+
+
+def all_columns(program: Program, prompts: Prompts) -> tuple[jax.Array, jax.Array]:
+    """Ids of the prompts with room for what is generated, and where padding is not: (B, S)."""
+    padding = (0, 0), (0, program.room)
+    is_token_BxS = jnp.pad(prompts.mask != 0, padding, constant_values=True)
+    return jnp.pad(prompts.ids, padding), is_token_BxS
+
+
+def ends(token: jax.Array, options: Options, step: jax.Array) -> jax.Array:
+    """Whether rows end with these tokens, their `step`-th from 0; the shape stays."""
+    is_eos = (token[..., None] == options.eos.reshape((1,) * token.ndim + (-1,))).any(-1)
+    return is_eos | (step + 1 >= options.limit)
