@@ -1,17 +1,15 @@
 """LLaMA 2 and 3 (with SmolLM2), Mistral, Qwen2 and Qwen3 decoders, in Flax NNX.
 
 Shapes in names: B rows, T tokens, S attended columns (= T without a cache), D width, H heads,
-K width of a head, F frequencies (K / 2).
+K width of a head.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -29,6 +27,7 @@ from lorax.models.causal import (
 from lorax.models.family import Family, Rule, read_config
 from lorax.models.functions import ACTIVATIONS
 from lorax.models.layers import Maker, kernel_init, split_heads
+from lorax.models.rope import Rope, Rotation, rotate
 
 # Options of a Hugging Face config that change the computation, and the values served here.
 _SERVED: dict[str, tuple[Any, ...]] = {
@@ -42,84 +41,7 @@ _KEY_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
 _QWEN_FULL_LAYERS = 28
 _QWEN3_HEAD = 128
-# Kinds of rotary positions, and what config.json says of each.
-_ROPES: dict[str, dict[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"},
-}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864) and how they are stretched.
-
-    Attributes:
-      kind: `default`; `linear` divides positions by `factor`; `llama3` (Llama 3.1) does so for
-        wavelengths above `original_length / low`, not below `original_length / high`, and
-        goes over from one to the other between.
-      theta: base of the wavelengths.
-      factor: of `linear` and `llama3`.
-      low: `low_freq_factor`.
-      high: `high_freq_factor`.
-      original_length: tokens of a sequence before the stretching.
-    """
-
-    kind: str = "default"
-    theta: float = 10_000.0
-    factor: float = 1.0
-    low: float = 1.0
-    high: float = 4.0
-    original_length: int = 8192
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
-        """Reads `rope_parameters`, or `rope_scaling` and `rope_theta` of before transformers 5.
-
-        Raises:
-          LoraxError: a kind that is not served, or one without its numbers.
-        """
-        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = given.get("rope_type", given.get("type", "default"))
-        if kind not in _ROPES or any(isinstance(value, dict) for value in given.values()):
-            kind = kind if kind not in _ROPES else "one for each kind of layer"
-            raise LoraxError(f"config.json: rope_type={kind!r} is not one of: {', '.join(_ROPES)}")
-        if given.get("partial_rotary_factor") not in (None, 1.0):
-            share = given["partial_rotary_factor"]
-            raise LoraxError(f"config.json: partial_rotary_factor={share} is not one of: 1.0")
-        theta = float(given.get("rope_theta") or config.get("rope_theta") or cls.theta)
-        needed = _ROPES[kind]
-        if absent := [name for name in needed.values() if name not in given]:
-            raise LoraxError(f"config.json: rope_type={kind!r} without {', '.join(absent)}")
-        numbers: dict[str, Any] = {field: float(given[name]) for field, name in needed.items()}
-        rope = cls(kind, theta, **numbers)
-        if kind != "llama3":
-            return rope
-        name = "original_max_position_embeddings"
-        length = config.get(name) or given.get(name) or config.get("max_position_embeddings", 2048)
-        return dataclasses.replace(rope, original_length=length)
-
-    def frequencies(self, width: int) -> np.ndarray:
-        """(F,) radians a position, in the steps of transformers, which are float32.
-
-        Powers are rounded once, as PyTorch's mostly are: the last bit, times a position of some
-        ten thousands, is another angle.
-        """
-        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-        powers = np.power(np.float64(self.theta), exponents.astype(np.float64))
-        frequencies_F = np.float32(1) / powers.astype(np.float32)
-        if self.kind == "linear":
-            return frequencies_F / np.float32(self.factor)
-        return self._llama3(frequencies_F) if self.kind == "llama3" else frequencies_F
-
-    def _llama3(self, plain_F: np.ndarray) -> np.ndarray:
-        length, low, high, factor = self.original_length, self.low, self.high, self.factor
-        waves_F = np.float32(2 * np.pi) / plain_F
-        stretched_F = np.where(waves_F > length / low, plain_F / np.float32(factor), plain_F)
-        share_F = (np.float32(length) / waves_F - np.float32(low)) / np.float32(high - low)
-        mixed_F = (1 - share_F) * stretched_F / np.float32(factor) + share_F * stretched_F
-        is_between_F = (waves_F >= length / high) & (waves_F <= length / low)
-        return np.where(is_between_F, mixed_F, stretched_F)
+_PLAIN = Rope()
 
 
 @dataclass(frozen=True)
@@ -153,7 +75,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     attention_dropout: float = 0.0
     tie_word_embeddings: bool = False
-    rope: Rope = Rope()
+    rope: Rope = _PLAIN
     windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
@@ -247,24 +169,6 @@ def _rms_norm(make: Maker, features: int, eps: float) -> RMSNorm:
     return RMSNorm(features, eps=eps, dtype=make.dtype, param_dtype=make.param_dtype)
 
 
-def rotation_at(positions_BxT: jax.Array, frequencies_F: np.ndarray) -> tuple[jax.Array, ...]:
-    """Cosines and sines, (B, T, 1, F) each, in float32."""
-    positions_BxTx1x1 = positions_BxT.astype(jnp.float32)[:, :, None, None]
-    angles_BxTx1xF = positions_BxTx1x1 * jnp.asarray(frequencies_F)[None, None, None]
-    return jnp.cos(angles_BxTx1xF), jnp.sin(angles_BxTx1xF)
-
-
-def rotate(x_BxTxHxK: jax.Array, rotation: tuple[jax.Array, ...]) -> jax.Array:
-    """Turns the pairs of the first half's and the second half's elements; the shape stays."""
-    cos_BxTx1xF, sin_BxTx1xF = rotation
-    x_BxTxHxF, y_BxTxHxF = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
-    turned = (
-        x_BxTxHxF * cos_BxTx1xF - y_BxTxHxF * sin_BxTx1xF,
-        y_BxTxHxF * cos_BxTx1xF + x_BxTxHxF * sin_BxTx1xF,
-    )
-    return jnp.concatenate(turned, axis=-1).astype(x_BxTxHxK.dtype)
-
-
 class Attention(nnx.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -285,7 +189,7 @@ class Attention(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         mask_BxTxS: jax.Array,
-        rotation: tuple[jax.Array, ...],
+        rotation: Rotation,
         past: Past | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[jax.Array, Past | None]:
@@ -344,7 +248,7 @@ class Layer(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         mask_BxTxS: jax.Array,
-        rotation: tuple[jax.Array, ...],
+        rotation: Rotation,
         past: Past | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> tuple[jax.Array, Past | None]:
@@ -428,8 +332,7 @@ class Decoder(nnx.Module):
         seen = columns(attention_mask_BxT, cache)
         if position_ids_BxT is None:
             position_ids_BxT = count_positions(attention_mask_BxT, cache)
-        frequencies_F = self.config.rope.frequencies(self.config.head_dim)
-        rotation = rotation_at(jnp.asarray(position_ids_BxT), frequencies_F)
+        rotation = self.config.rope.rotation(jnp.asarray(position_ids_BxT), self.config.head_dim)
         masks = {window: seen.may_attend(window) for window in set(self.config.windows)}
         x_BxTxD, pasts = run_layers(
             self.layers,

@@ -6,7 +6,8 @@ from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
 
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
-from lorax.models.llama import FAMILIES, LlamaConfig, Rope
+from lorax.models.llama import FAMILIES, LlamaConfig
+from lorax.models.rope import Rope
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -47,7 +48,7 @@ def test_logits_equal_transformers(tmp_path, variant, side):
     np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_long_positions_equal_transformers(tmp_path, kind):
     rope = LLAMA3 | {"rope_type": kind, "original_max_position_embeddings": 2048}
     options = {"head_dim": 64, "max_position_embeddings": 16384, "rope_parameters": rope}
@@ -70,6 +71,31 @@ def test_frequencies_equal_transformers(model_type):
     got = Rope.from_hf({"rope_parameters": rope, "model_type": model_type}).frequencies(128)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want.numpy(), rtol=3e-7)
+
+
+@pytest.mark.parametrize("length", [64, 4096])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention_factor": 1.3},
+        {"mscale": 0.7, "mscale_all_dim": 1.2},
+        {"beta_fast": 16.0, "beta_slow": 2.0},
+        {"truncate": False},
+        {"beta_fast": 1.0, "beta_slow": 1.0},
+        {"factor": 0.5},
+    ],
+)
+def test_yarn_equals_transformers(options, length):
+    modeling = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, **options}
+    rope["original_max_position_embeddings"] = length
+    config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": rope})
+    want, scale = modeling.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    ours = Rope.from_hf({"rope_parameters": rope})
+    assert ours.scale == pytest.approx(scale, rel=1e-12)
+    np.testing.assert_allclose(ours.frequencies(128), want.numpy(), rtol=3e-7)
 
 
 def test_old_names_of_rotary_options_are_read():
@@ -96,7 +122,8 @@ def test_absent_options_are_those_of_transformers():
     [
         ("model_type", "gemma"),
         ("hidden_act", "swiglu"),
-        ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+        ("rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
+        ("factor", {"rope_scaling": {"rope_type": "yarn"}}),
         ("rope_type", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
         ("rope_type", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
         ("factor", {"rope_scaling": {"type": "linear"}}),
