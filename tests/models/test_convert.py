@@ -216,7 +216,7 @@ def test_config_and_abstract_model_read_no_weights(write_checkpoint, tmp_path):
     config.dropout = 0.0
     replaced = load_config(config)
     assert replaced.hidden_dropout_prob == replaced.attention_probs_dropout_prob == 0
-    assert replaced.classifier_dropout is None
+    assert replaced.classifier_dropout == 0
     config.dropout = 1.5
     with pytest.raises(LoraxError, match=r"model\.dropout=1\.5"):
         load_config(config)
@@ -227,7 +227,7 @@ def test_sources(tmp_path, monkeypatch):
     assert resolve_source(str(tmp_path / "tiny")) == tmp_path / "tiny"
     monkeypatch.setenv("LORAX_ASSETS", str(tmp_path))
     assert resolve_source("assets/tiny") == tmp_path / "tiny"
-    with pytest.raises(LoraxError, match=r"python scripts/fetch_assets\.py"):
+    with pytest.raises(LoraxError, match=r"python scripts/fetch_assets\.py absent`"):
         resolve_source("assets/absent")
     for source in ("/absent/folder", "a/b/c", "./absent", ""):
         with pytest.raises(LoraxError, match="no folder"):
