@@ -20,7 +20,7 @@ MLP_NAMES = frozenset(
     {"up", "down", "gate", "up_proj", "down_proj", "gate_proj", "fc1", "fc2", "lin1", "lin2"}
     | {"c_fc", "wi", "wi_0", "wi_1", "w1", "w2", "w3"}
 )
-NOT_LINEAR = frozenset({"embedding", "bias", "scale"})  # of two axes where heads are split
+NOT_LINEAR = frozenset({"embedding", "bias", "scale", "taps"})  # of two axes where heads are split
 GROUPS = "groups: any of q k v o together, mlp, all-linear"
 HEAD_NAMES = frozenset({"head", "classifier", "score", "lm_head", "qa_outputs"})
 

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
 from lorax.models.attention import attend, check_attention
+from lorax.models.deberta_conv import CONV_ACTIVATIONS, Conv
 from lorax.models.family import Family, Pooler, Rule, read_config
 from lorax.models.functions import ACTIVATIONS, dropout
 from lorax.models.layers import Maker, PostNormMlp, split_heads
@@ -30,7 +31,8 @@ _SERVED: dict[str, tuple[Any, ...]] = {
     "model_type": ("deberta-v2",),
     "hidden_act": tuple(ACTIVATIONS),
     "norm_rel_ebd": ("none", "layer_norm"),
-    "conv_kernel_size": (0,),
+    "conv_act": ("tanh", *(name for name in CONV_ACTIVATIONS if name != "tanh")),
+    "conv_groups": (1,),
     "pooler_dropout": (0,),
     "pooler_hidden_act": ("gelu",),
 }
@@ -51,6 +53,8 @@ class DebertaConfig:
       position_buckets: rows for each direction, by logarithm from half of them on; below 1: a row
         for each distance.
       max_relative_positions: the farthest distance; below 1: `max_position_embeddings`.
+      conv_kernel_size: tokens of the convolution beside the first layer; 0: there is none.
+      conv_act: its activation.
       norm_rel_ebd: `layer_norm` normalises the table of relative positions; else `none`.
       classifier_dropout: rate before the output layer (`cls_dropout`); None means
         `hidden_dropout_prob`.
@@ -72,6 +76,8 @@ class DebertaConfig:
     share_att_key: bool = False
     position_buckets: int = -1
     max_relative_positions: int = -1
+    conv_kernel_size: int = 0
+    conv_act: str = "tanh"
     norm_rel_ebd: str = "none"
     layer_norm_eps: float = 1e-7
     pad_token_id: int = 0
@@ -83,6 +89,8 @@ class DebertaConfig:
         width, heads = self.hidden_size, self.num_attention_heads
         if width % heads:
             raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+        if (window := self.conv_kernel_size) and window % 2 == 0:
+            raise LoraxError(f"config.json: conv_kernel_size={window} is no odd number")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DebertaConfig":
@@ -363,6 +371,15 @@ class Encoder(nnx.Module):
         self.layers = nnx.List(
             [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
         )
+        if config.conv_kernel_size:
+            self.conv = Conv(
+                config.hidden_size,
+                config.conv_kernel_size,
+                activation=config.conv_act,
+                rate=config.hidden_dropout_prob,
+                eps=config.layer_norm_eps,
+                make=make,
+            )
 
     def _positions(self, ids_BxT: jax.Array) -> jax.Array:
         """Of a sequence a row: the columns."""
@@ -418,10 +435,13 @@ class Encoder(nnx.Module):
         mask_BxTxS = _may_attend(attention_mask_BxT)
         relative = self._relative(position_ids_BxT)
         call = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
-        *layers, last = self.layers
-        for layer in layers:
-            x_BxTxD = call(layer, x_BxTxD, mask_BxTxS, relative, rngs)
-        return call(last, x_BxTxD, mask_BxTxS, relative, rngs, only)
+        embedded_BxTxD, last, has_conv = x_BxTxD, len(self.layers) - 1, self.config.conv_kernel_size
+        for n, layer in enumerate(self.layers):
+            is_read = n == last and not (n == 0 and has_conv)  # the convolution reads all tokens
+            x_BxTxD = call(layer, x_BxTxD, mask_BxTxS, relative, rngs, only if is_read else None)
+            if n == 0 and has_conv:
+                x_BxTxD = self.conv(embedded_BxTxD, x_BxTxD, attention_mask_BxT, rngs)
+        return only.tokens(x_BxTxD) if only and last == 0 and has_conv else x_BxTxD
 
 
 _OURS = r"encoder\.layers\.(\d+)"
@@ -441,6 +461,8 @@ _RULES = (
     Rule(rf"{_OURS}\.mlp\.up", f"{_THEIRS}.intermediate.dense"),
     Rule(rf"{_OURS}\.mlp\.down", f"{_THEIRS}.output.dense"),
     Rule(rf"{_OURS}\.mlp\.norm", f"{_THEIRS}.output.LayerNorm"),
+    Rule(r"encoder\.conv", "deberta.encoder.conv.conv"),
+    Rule(r"encoder\.conv\.norm", "deberta.encoder.conv.LayerNorm"),
     Rule(r"head\.dense", "pooler.dense"),
     Rule(r"head\.out", "classifier"),
 )

@@ -44,11 +44,13 @@ class Maker:
       norm: (width, eps=) -> LayerNorm.
       dtype: of products and activations.
       param_dtype: of the stored parameters.
+      rngs: draws them.
     """
 
     def __init__(self, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         # One spelling of a dtype, so that graph definitions compare equal.
         self.dtype, self.param_dtype = jnp.dtype(dtype), jnp.dtype(param_dtype)
+        self.rngs = rngs
         self.linear: Callable[..., Dense] = functools.partial(
             Dense,
             dtype=self.dtype,

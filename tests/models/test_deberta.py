@@ -32,6 +32,8 @@ V3 = {
 CONFIG = {"model_type": "deberta-v2", **SIZES}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LENGTHS = (3, 17, 9, 1, 12, 6, 20, 5)
+CONV = {"conv_kernel_size": 3, "conv_act": "gelu"}  # as the 1.5B model has it
+ONE_LAYER = {"num_hidden_layers": 1}
 UNSHARED = V3 | {"share_att_key": False}
 VARIANTS = [
     V3,
@@ -44,6 +46,8 @@ VARIANTS = [
     V3 | {"pos_att_type": "p2c", "embedding_size": 32, "num_attention_heads": 6},
     V3 | {"position_buckets": 5, "max_relative_positions": 7, "num_hidden_layers": 1},
     V3 | {"pos_att_type": [], "position_biased_input": True},
+    V3 | CONV,
+    {"conv_kernel_size": 5} | ONE_LAYER,
 ]
 
 
@@ -186,7 +190,9 @@ def packed_outputs(model, encoded):
     return np.asarray(outputs)[: len(LENGTHS)]
 
 
-@pytest.mark.parametrize("options", [V3, UNSHARED | {"position_biased_input": True}])
+@pytest.mark.parametrize(
+    "options", [V3, UNSHARED | {"position_biased_input": True}, V3 | CONV, CONV | ONE_LAYER]
+)
 @pytest.mark.parametrize(("attention", "remat"), [("einsum", True), ("xla", False)])
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_packed_rows_equal_a_sequence_a_row(encoded, pooling, attention, remat, options):
@@ -241,7 +247,7 @@ def test_each_dropout_acts_alone(batch, site):
     ("targets", "a_layer"), [("q", 1), ("qv", 2), ("qkvo", 4), ("mlp", 2), ("all-linear", 6)]
 )
 def test_lora_groups_resolve(targets, a_layer):
-    base = nnx.to_pure_dict(nnx.state(classifier(**V3)))
+    base = nnx.to_pure_dict(nnx.state(classifier(**V3 | CONV)))
     found = resolve(base, LoraSpec(rank=2, targets=targets))
     assert len(found) == a_layer * SIZES["num_hidden_layers"]
     assert all(path.startswith("encoder.layers.") for path in found)
@@ -252,7 +258,8 @@ def test_lora_groups_resolve(targets, a_layer):
     [
         ("model_type", "deberta"),
         ("hidden_act", "swiglu"),
-        ("conv_kernel_size", 3),
+        ("conv_kernel_size", 4),
+        ("conv_groups", 2),
         ("norm_rel_ebd", "batch_norm"),
         ("pooler_dropout", 0.1),
         ("pooler_hidden_act", "tanh"),
