@@ -14,11 +14,8 @@ on GPT-2's weights, which are on the hub alone.
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from hydra import compose, initialize_config_module
 
 from lorax import data
 from lorax.checkpoint import write_json
@@ -27,36 +24,52 @@ from lorax.data.e2e import prompt_of, separator_of
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
 from lorax.generation.scores import METRICS, check_metrics, score_texts
-from lorax.models import resolve_source
-from lorax.sweep import at_the_door, config_of, own_arguments
+from lorax.models import load_config, resolve_source
+from lorax.sweep import at_the_door, compose_trial, own_arguments, show_plan_if_asked
 from lorax.sweep.serial import run_and_tell
 from lorax.train.setup import prepare
 from lorax.train.trained import model_of, trained_part
 from lorax.trial_id import trial_dir
 
 # The paper's search, and the repeats that its code forbids.
-SEARCH = {"num_beams": 10, "length_penalty": 0.9, "no_repeat_ngram_size": 4, "max_new_tokens": 64}
+SEARCH: dict[str, Any] = {
+    "num_beams": 10,
+    "length_penalty": 0.9,
+    "no_repeat_ngram_size": 4,
+    "max_new_tokens": 64,
+}
 
 
-def trial_of(folder: Path, overrides: Sequence[str]) -> TrialConfig:
-    """The trial on the challenge's files in a folder."""
-    with initialize_config_module("conf", version_base=None):
-        trial = config_of(compose("finetune", ["experiment=e2e", *overrides]))
-    return replace(trial, task=replace(trial.task, data_dir=str(folder.resolve())))
+def prompts_of(trial: TrialConfig, base: Path, meanings: Sequence[str]) -> list[str]:
+    """A prompt for each meaning representation, if the trial's model can be asked all of them.
 
-
-def describe(trial: TrialConfig, meanings: Sequence[str]) -> list[str]:
-    """A text for each meaning representation, by the finished trial's model."""
-    setup = prepare(trial)
-    base = resolve_source(trial.model.source, trial.model.revision)
+    Raises:
+      LoraxError: one that is malformed, or too long for the model; or a trial without an adapter.
+    """
+    if trial.train.mode != "lora":
+        raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
+    prompts = [prompt_of(meaning) + separator_of(base) for meaning in meanings]
     tokenizer = data.load_tokenizer(base)
-    search: dict[str, Any] = {**SEARCH, "eos_token_id": data.find_eos_id(tokenizer, base)}
+    longest = max(len(tokenizer.encode(prompt).ids) for prompt in prompts)
+    room = load_config(trial.model, is_decoder=True).max_length
+    if longest + SEARCH["max_new_tokens"] > room:
+        raise LoraxError(
+            f"a prompt of {longest} tokens and {SEARCH['max_new_tokens']} new ones are above the "
+            f"{room} positions of model.source={trial.model.source}"
+        )
+    return prompts
+
+
+def describe(trial: TrialConfig, base: Path, prompts: Sequence[str]) -> list[str]:
+    """A text for each prompt, by the finished trial's model."""
+    setup, tokenizer = prepare(trial), data.load_tokenizer(base)
+    search = {**SEARCH, "eos_token_id": data.find_eos_id(tokenizer, base)}
     made = generate(
         model_of(setup, trained_part(trial, setup)),
-        [prompt_of(meaning) + separator_of(base) for meaning in meanings],
+        prompts,
         GenerationConfig.from_dict(search),
         tokenizer=tokenizer,
-        batch_size=trial.train.eval_batch_size,
+        batch_size=max(1, trial.train.eval_batch_size // SEARCH["num_beams"]),
     )
     return [" ".join(str(completion.text).split()) for completion in made]
 
@@ -69,13 +82,16 @@ def main(arguments: Sequence[str]) -> None:
         raise LoraxError("give data=<folder>, which holds the E2E challenge's CSV files")
     metrics = own["metrics"].split(",") if "metrics" in own else METRICS
     check_metrics(metrics)
-    trial = trial_of(Path(own["data"]), overrides)
+    trial = compose_trial("e2e", overrides, Path(own["data"]))
     references = data.references_by_mr("test", Path(own["data"]))
+    base = resolve_source(trial.model.source, trial.model.revision)
+    prompts = prompts_of(trial, base, list(references))
+    show_plan_if_asked([trial])
     result = run_and_tell(trial)
     if result["status"] == "diverged":
         raise LoraxError(f"the trial diverged ({result['reason']}): take a lower optimizer.lr")
-    texts, folder = describe(trial, list(references)), trial_dir(trial)
-    (folder / "e2e.txt").write_text("".join(f"{text}\n" for text in texts))
+    texts, folder = describe(trial, base, prompts), trial_dir(trial)
+    (folder / "e2e.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     scores = score_texts(texts, list(references.values()), metrics)
     write_json(folder / "e2e.json", {"scores": scores, "search": SEARCH, "texts": len(texts)})
     print("\n".join(f"{name:8}{score:8.4f}" for name, score in scores.items()))

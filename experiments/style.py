@@ -1,6 +1,6 @@
 """Teach a language model the style of a text, and measure what it gains and what it forgets.
 
-    python scripts/fetch_assets.py smollm2
+    python scripts/fetch_assets.py smollm2 reviews
     python -m experiments.style data=shakespeare.txt
     python -m experiments.style data=letters.txt plain=other.txt lora.rank=16 train.epochs=3
 
@@ -11,7 +11,6 @@ the trial's result; given again, the command goes on with a trial cut short, and
 one as it is.
 """
 
-import hashlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from hydra import compose, initialize_config_module
 
 from lorax import data
 from lorax.checkpoint import write_json
@@ -29,7 +27,7 @@ from lorax.data.files import read_text
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
 from lorax.models import load_config, resolve_source
-from lorax.sweep import at_the_door, config_of, own_arguments
+from lorax.sweep import at_the_door, compose_trial, own_arguments, show_plan_if_asked
 from lorax.sweep.serial import run_and_tell
 from lorax.train.dataset import Dataset, load_dataset
 from lorax.train.evaluation import predict_all
@@ -50,14 +48,11 @@ def trial_of(text: Path, overrides: Sequence[str]) -> TrialConfig:
     """
     if not text.is_file():
         raise LoraxError(f"data={str(text)!r}: no such file")
-    with initialize_config_module("conf", version_base=None):
-        trial = config_of(compose("finetune", ["experiment=style", *overrides]))
+    trial = compose_trial("style", overrides, text, fixed=("sweep.name",))
     if trial.train.mode != "lora":
         raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
-    content = hashlib.sha256(text.read_bytes()).hexdigest()[:8]
-    name = f"style-{text.stem}-{content}"
-    task = replace(trial.task, data_dir=str(text.resolve()))
-    return replace(trial, task=task, sweep=replace(trial.sweep, name=name))
+    name = f"style-{text.stem}-{str(trial.task.content)[:8]}"
+    return replace(trial, sweep=replace(trial.sweep, name=name))
 
 
 def _check_room(trial: TrialConfig) -> None:
@@ -69,7 +64,7 @@ def _check_room(trial: TrialConfig) -> None:
         )
 
 
-def plain_text(trial: TrialConfig, plain: Path | None) -> data.Encoded:
+def plain_text(trial: TrialConfig, plain: Path | None, longest: int) -> data.Encoded:
     """Blocks of a text in another style: of a whole file, or of the movie reviews' dev split."""
     if plain is None:
         text = "\n".join(data.load_split("reviews", "dev").first)
@@ -79,7 +74,7 @@ def plain_text(trial: TrialConfig, plain: Path | None) -> data.Encoded:
         raise LoraxError(f"plain={str(plain)!r}: no such file")
     documents = data.Documents([text], [((0, len(text)),)], "text")
     tokenizer = data.load_tokenizer(resolve_source(trial.model.source, trial.model.revision))
-    blocks = data.encode_documents(tokenizer, documents, trial.task.max_length)
+    blocks = data.encode_documents(tokenizer, documents, longest)
     return data.subsample(blocks, trial.task.max_dev_samples)
 
 
@@ -120,11 +115,14 @@ def main(arguments: Sequence[str]) -> None:
     trial = trial_of(Path(own["data"]), overrides)
     check_trial(trial)
     _check_room(trial)
-    plain = plain_text(trial, Path(own["plain"]) if "plain" in own else None)
+    dataset = load_dataset(trial)
+    longest = min(trial.task.max_length, dataset.layout.row_length)  # of a short text's blocks
+    plain = plain_text(trial, Path(own["plain"]) if "plain" in own else None, longest)
+    show_plan_if_asked([trial])
     result = run_and_tell(trial)
     if result["status"] == "diverged":
         raise LoraxError(f"the trial diverged ({result['reason']}): take a lower optimizer.lr")
-    setup, dataset = prepare(trial), load_dataset(trial)
+    setup = prepare(trial)
     parts = {"before": setup.trainable, "after": trained_part(trial, setup)}
     (held_out,) = dataset.dev.values()
     record: dict[str, Any] = {"perplexity": {}}
@@ -142,7 +140,7 @@ def main(arguments: Sequence[str]) -> None:
     record["samples"] = [dict(zip(names, row, strict=True)) for row in zip(*samples, strict=True)]
     report, folder = report_of(record), trial_dir(trial)
     write_json(folder / "style.json", record)
-    (folder / "style.md").write_text(report)
+    (folder / "style.md").write_text(report, encoding="utf-8")
     print(f"\n{report}\n{folder / 'style.md'}")
 
 

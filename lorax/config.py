@@ -7,6 +7,9 @@ into instances at the door (`lorax/sweep/cli.py`), so nothing below ever holds a
 from dataclasses import dataclass, field
 from typing import Any
 
+# Settings that older trials do not know, and what they had instead.
+ADDED: dict[str, Any] = {"train.remat": False, "train.label_smoothing": 0.0, "task.content": None}
+
 
 @dataclass
 class TaskConfig:
@@ -19,6 +22,8 @@ class TaskConfig:
         then on the hub. Of a decoder's task the file or folder that docs/data.md describes.
       max_length: longest token sequence, special tokens included; longer ones are truncated, and
         a `text` is cut into blocks of this length.
+      content: the SHA-256 of a decoder's files, which the commands fill in: with another content it
+        is another trial.
       max_train_samples: train on this many examples, a fixed draw that no seed changes.
       max_dev_samples: likewise for each dev split.
     """
@@ -26,6 +31,7 @@ class TaskConfig:
     name: str = "reviews"
     data_dir: str | None = None
     max_length: int = 128
+    content: str | None = None
     max_train_samples: int | None = None
     max_dev_samples: int | None = None
 

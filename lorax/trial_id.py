@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lorax.config import LoraConfig, TrainConfig, TrialConfig
+from lorax.config import ADDED, LoraConfig, TrialConfig
 
 ELSEWHERE = ("tracking", "sweep", "output_dir")
 NEVER_COUNT = ("checkpoint_every", "keep_checkpoints")
-NEW = ("remat", "label_smoothing")  # fields of `train` that older trials do not know: at their default, not in a name
 
 
 def trial_id(config: TrialConfig) -> str:
@@ -28,9 +27,10 @@ def trial_id(config: TrialConfig) -> str:
         del content[name]
     for name in NEVER_COUNT:
         del content["train"][name]
-    for name in NEW:
-        if content["train"][name] == getattr(TrainConfig(), name):
-            del content["train"][name]
+    for name, value in ADDED.items():  # at what it was before, it is not in a name
+        part, _, field = name.partition(".")
+        if content[part][field] == value:
+            del content[part][field]
     if config.train.mode != "lora":
         content["lora"] = dataclasses.asdict(LoraConfig())
         content["train"]["pad_rank"] = None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorax.config import ADDED
 from lorax.errors import LoraxError
 
 ENDED = ("finished", "diverged", "cut")
@@ -128,7 +129,7 @@ def _read_trial(directory: Path, warn: Callable[[str], None]) -> Trial | None:
         )
         result = {}
     records = _read_lines(directory / "metrics.jsonl", warn)
-    trial = Trial(directory.name, directory, _flatten(config), result, records)
+    trial = Trial(directory.name, directory, ADDED | _flatten(config), result, records)
     if trial.status == "finished" and not math.isfinite(trial.score()):
         warn(
             f"{directory.name}/result.json: finished without a finite best {trial.metric}; "

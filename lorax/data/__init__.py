@@ -6,7 +6,7 @@ from lorax.data.chat import ChatTemplate, load_chat_template
 from lorax.data.documents import Documents, encode_documents
 from lorax.data.e2e import references_by_mr
 from lorax.data.examples import Examples
-from lorax.data.load import load_documents, load_split
+from lorax.data.load import content_of, load_documents, load_split
 from lorax.data.packing import Layout, choose_layout, collate, collate_alike, fit
 from lorax.data.shuffle import permutation, subsample
 from lorax.data.special_tokens import find_eos_id, special_tokens
@@ -25,6 +25,7 @@ __all__ = [
     "choose_layout",
     "collate",
     "collate_alike",
+    "content_of",
     "encode",
     "encode_cached",
     "encode_documents",

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from lorax.data.tokenize import Encoded
+from lorax.data.tokenize import Encoded, without_end
 from lorax.errors import LoraxError
 
 _log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _blocks(
     tokenizer.enable_truncation(max_length)
     firsts = tokenizer.encode_batch(texts)
     tokenizer.no_truncation()
-    blocks = [block.ids for first in firsts for block in (first, *first.overflowing)]
+    blocks = [without_end(block) for first in firsts for block in (first, *first.overflowing)]
     return [(ids, np.arange(len(ids)) > 0) for ids in blocks]
 
 

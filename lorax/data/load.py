@@ -4,11 +4,12 @@ from pathlib import Path
 from lorax.data.documents import Documents
 from lorax.data.e2e import load_e2e
 from lorax.data.examples import Examples
+from lorax.data.files import digest_of
 from lorax.data.glue import find_folder, read_tsv
 from lorax.data.hub import load_hub_split
 from lorax.data.instructions import load_instructions
 from lorax.data.reviews import load_reviews
-from lorax.data.tasks import Task, get_task
+from lorax.data.tasks import TASKS, Task, get_task
 from lorax.data.text_file import load_text
 from lorax.errors import LoraxError
 
@@ -75,3 +76,16 @@ def _checked(task: Task | str, split: str) -> Task:
         known = ", ".join(task.splits)
         raise LoraxError(f"task {task.name} has no labelled split {split!r}; known: {known}")
     return task
+
+
+def content_of(task: str, data_dir: str | os.PathLike | None) -> str | None:
+    """The SHA-256 of the user's own files; None where there are none, or none are there.
+
+    Args:
+      task: a name, known or not.
+      data_dir: the user's file or folder.
+    """
+    is_own = task in TASKS and TASKS[task].kind == "causal_lm"
+    if not is_own or data_dir is None or not Path(data_dir).exists():
+        return None
+    return digest_of(Path(data_dir))

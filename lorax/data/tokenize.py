@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from lorax.data.examples import Examples
 from lorax.errors import LoraxError
@@ -90,3 +90,12 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded
         [np.asarray(e.type_ids, np.int32) for e in encodings],
         examples.labels,
     )
+
+
+def without_end(encoding: Encoding) -> list[int]:
+    """Its ids but for special tokens that the tokenizer added behind the text: it goes on."""
+    ids, added = encoding.ids, encoding.special_tokens_mask
+    end = len(ids)
+    while end and added[end - 1]:
+        end -= 1
+    return ids[: end or len(ids)]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from lorax.data.tokenize import without_end
 from lorax.errors import LoraxError
 from lorax.generation.program import Prompts
 
@@ -63,7 +64,7 @@ def _encode(n: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise LoraxError(f"prompt {n} is a text: give a tokenizer, or token ids")
-        return tokenizer.encode(prompt).ids
+        return without_end(tokenizer.encode(prompt))
     ids = np.asarray(prompt)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise LoraxError(f"prompt {n} is neither a text nor a sequence of token ids")

@@ -135,9 +135,10 @@ def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:
     scale = given.get("attention_factor")
     if scale is None:
         factor = float(given["factor"])
-        both = given.get("mscale"), given.get("mscale_all_dim")
-        scales = [_mscale(factor, m) for m in both] if all(both) else [_mscale(factor, 1.0), 1.0]
-        scale = scales[0] / scales[1]
+        above, below = given.get("mscale"), given.get("mscale_all_dim")
+        scale = _mscale(factor, 1.0)
+        if above and below:
+            scale = _mscale(factor, above) / _mscale(factor, below)
     low, high = (given.get(name) or value for name, value in (("beta_slow", 1), ("beta_fast", 32)))
     truncate = given.get("truncate", True)
     return {"low": float(low), "high": float(high), "scale": float(scale), "truncate": truncate}

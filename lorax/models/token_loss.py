@@ -18,7 +18,7 @@ class TokenScores(NamedTuple):
 
     Attributes:
       losses: cross-entropy in nats, (B, T) float32.
-      hits: whether the likeliest token was the right one, (B, T) float32.
+      hits: whether no token was likelier than the right one, (B, T) float32.
     """
 
     losses: jax.Array
@@ -51,7 +51,8 @@ def token_scores(
     def score(x_BxCxD: jax.Array, labels_BxC: jax.Array) -> TokenScores:
         logits_BxCxV = logits_of(x_BxCxD)
         losses_BxC = smoothed_losses(logits_BxCxV, labels_BxC, smoothing)
-        hits_BxC = logits_BxCxV.argmax(-1) == labels_BxC
+        own_BxC = jnp.take_along_axis(logits_BxCxV, labels_BxC[..., None], axis=-1)[..., 0]
+        hits_BxC = own_BxC >= logits_BxCxV.max(-1)  # the loss needs the maximum, too
         return TokenScores(losses_BxC, hits_BxC.astype(jnp.float32))
 
     rows, tokens = labels_BxT.shape

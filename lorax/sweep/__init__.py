@@ -1,6 +1,13 @@
 """Many trials: from Hydra's overrides to a directory of results."""
 
-from lorax.sweep.cli import at_the_door, config_of, hydra_main, own_arguments, register
+from lorax.sweep.cli import (
+    at_the_door,
+    compose_trial,
+    config_of,
+    hydra_main,
+    own_arguments,
+    register,
+)
 from lorax.sweep.packed import run_packed
 from lorax.sweep.plan_table import show_plan_if_asked
 from lorax.sweep.serial import check_trials, run_trials
@@ -8,6 +15,7 @@ from lorax.sweep.serial import check_trials, run_trials
 __all__ = [
     "at_the_door",
     "check_trials",
+    "compose_trial",
     "config_of",
     "hydra_main",
     "own_arguments",

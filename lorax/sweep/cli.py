@@ -6,6 +6,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
@@ -15,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorax.config import TrialConfig
+from lorax.data import content_of
 from lorax.errors import LoraxError
 from lorax.process import prepare_process
 from lorax.trial_id import trial_id
@@ -39,6 +42,9 @@ def config_of(config: DictConfig) -> TrialConfig:
     except OmegaConfBaseException as fault:
         raise LoraxError(one_line(fault)) from fault
     assert isinstance(trial, TrialConfig)
+    task = trial.task
+    if task.content is None:
+        task.content = content_of(task.name, task.data_dir)
     return trial
 
 
@@ -108,6 +114,33 @@ def own_arguments(
     parts = [argument.partition("=") for argument in arguments]
     own = {name: value for name, _, value in parts if name in names}
     return own, ["".join(part) for part in parts if part[0] not in names]
+
+
+def compose_trial(
+    experiment: str, overrides: Sequence[str], data_dir: Path, fixed: Sequence[str] = ()
+) -> TrialConfig:
+    """The one trial of a command that reads the user's own files.
+
+    Args:
+      experiment: of `conf/experiment`.
+      overrides: of experiments.finetune.
+      data_dir: the file or folder, by any path.
+      fixed: settings that the command makes itself.
+
+    Raises:
+      LoraxError: an override that asks for a sweep, or for what the command makes itself.
+    """
+    for word in overrides:
+        name = word.partition("=")[0].lstrip("+~")
+        if name in ("-m", "--multirun"):
+            raise LoraxError(f"{word}: this command runs one trial; give one value a setting")
+        if name in ("task", "task.data_dir", "experiment", *fixed):
+            raise LoraxError(f"{word}: this command sets {name} itself; leave it out")
+    with hydra.initialize_config_module("conf", version_base=None):
+        trial = config_of(hydra.compose("finetune", [f"experiment={experiment}", *overrides]))
+    path = str(data_dir.resolve())
+    task = replace(trial.task, data_dir=path, content=content_of(trial.task.name, path))
+    return replace(trial, task=task)
 
 
 def quiet_libraries() -> None:

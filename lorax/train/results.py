@@ -11,7 +11,7 @@ from lorax.lora import count_bytes, unpad
 from lorax.tracking import finite
 from lorax.train.lane import Lane
 from lorax.train.measure import environment
-from lorax.train.setup import Setup
+from lorax.train.setup import HEAD, Setup
 from lorax.trial_id import trial_id
 
 Result = dict[str, Any]
@@ -83,4 +83,5 @@ def _result(lane: Lane, adapter_bytes: int) -> Result:
 
 def _base_bytes(setup: Setup) -> int:
     frozen, trained = setup.frozen.params["base"], setup.trainable["base"]
-    return count_bytes(frozen) + count_bytes(trained.get("encoder", {}))
+    rest = {name: part for name, part in trained.items() if name != HEAD}
+    return count_bytes(frozen) + count_bytes(rest)

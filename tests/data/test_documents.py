@@ -251,3 +251,16 @@ def test_kept_by_all_that_it_follows_from(bpe, tmp_path, monkeypatch):
         assert len(list(tmp_path.iterdir())) == len(tries)
         monkeypatch.setattr(cache, "encode_documents", None)  # not needed any more
     assert key_of_documents(b"", one, 9, EOS) != key_of_documents(b" ", one, 9, EOS)
+
+
+def test_blocks_of_a_text_do_not_end_by_a_token_that_the_tokenizer_adds():
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    text = Documents(["a b a</s> b a"], [((0, 13),)], "text")
+    encoded = encode_documents(tokenizer, text, 5)
+    assert [ids.tolist() for ids in encoded.input_ids] == [[0, 2, 3, 2], [0, 1, 3, 2]]

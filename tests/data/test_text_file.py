@@ -2,9 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax.data import encode_documents, load_documents
+from lorax.config import TaskConfig, TrialConfig
+from lorax.data import content_of, encode_documents, load_documents
 from lorax.data.text_file import cut_text
 from lorax.errors import LoraxError
+from lorax.trial_id import trial_id
 
 LINES = [f"Line {n} of caf\u00e9s.\n" for n in range(100)]
 
@@ -84,3 +86,21 @@ def test_faults_of_places(tmp_path, bpe):
     (tmp_path / "train.txt").write_text("x")
     with pytest.raises(LoraxError, match="no token to be predicted is left in 1 documents"):
         encode_documents(bpe, load_documents("text", "train", tmp_path), 8)
+
+
+def test_another_content_is_another_trial(tmp_path):
+    file, folder = tmp_path / "a.txt", tmp_path / "pairs"
+    folder.mkdir()
+    file.write_text("One.\nTwo.\n")
+    (folder / "train.jsonl").write_text("{}")
+    seen = [content_of("text", file), content_of("instructions", folder)]
+    file.write_text("One.\nToo.\n")
+    (folder / "dev.jsonl").write_text("{}")
+    seen += [content_of("text", str(file)), content_of("instructions", folder)]
+    (folder / "dev.jsonl").rename(folder / "test.jsonl")
+    seen += [content_of("instructions", folder)]
+    assert len(set(seen)) == len(seen)
+    names = {trial_id(TrialConfig(task=TaskConfig("text", "a.txt", content=x))) for x in seen}
+    assert len(names) == len(seen)
+    assert content_of("text", tmp_path / "nowhere") is None
+    assert content_of("sst2", folder) is None and content_of("text", None) is None

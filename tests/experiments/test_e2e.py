@@ -58,6 +58,8 @@ def test_a_text_for_each_meaning_and_its_scores(ran):
     [
         ({"data": None}, r"give data=<folder>"),
         ({"data": "nowhere"}, r"nowhere.* holds no testset_w_refs\.csv"),
+        ({"train.mode": "full"}, r"train\.mode=full leaves no adapter"),
+        ({"task.data_dir": "elsewhere"}, r"this command sets task\.data_dir itself"),
         ({"metrics": "bleu,blau"}, r"metrics=.*blau.*: give a list of any of bleu"),
     ],
 )
@@ -65,3 +67,11 @@ def test_what_cannot_be_done_is_refused_before_training(ran, change, match):
     own = dict(argument.split("=", 1) for argument in ran[1]) | change
     with pytest.raises(LoraxError, match=match):
         e2e.main([f"{name}={value}" for name, value in own.items() if value is not None])
+
+
+def test_a_test_set_that_cannot_be_prompted_is_refused_before_training(ran, monkeypatch):
+    monkeypatch.setattr(e2e, "SEARCH", {**e2e.SEARCH, "max_new_tokens": 60})
+    with pytest.raises(
+        LoraxError, match=r"\d+ tokens and 60 new ones are above the 64"
+    ):
+        e2e.main([*ran[1], "seed=1"])

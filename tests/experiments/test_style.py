@@ -89,6 +89,15 @@ def test_another_text_of_the_same_name_is_another_trial(ran, tmp_path):
     assert names[0] != names[1] and all(name.startswith("style-style-") for name in names)
 
 
+def test_a_text_shorter_than_a_block_is_measured_too(ran, tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text("w1 w2 w3 w4.\nw5 w6 w7.\n")
+    own = dict(argument.split("=", 1) for argument in ran[1])
+    own |= {"data": text, "train.epochs": 1, "output_dir": tmp_path / "out"}
+    style.main([f"{name}={value}" for name, value in own.items()])
+    assert "| held-out text |" in capsys.readouterr().out
+
+
 def test_a_model_too_short_for_a_sample_is_refused_before_training(ran, monkeypatch):
     monkeypatch.setattr(style, "SAMPLING", {**style.SAMPLING, "max_new_tokens": 50})
     with pytest.raises(LoraxError, match="64 positions, and a sample takes 74"):
@@ -100,6 +109,8 @@ def test_a_model_too_short_for_a_sample_is_refused_before_training(ran, monkeypa
     [
         ({"data": None}, r"give data=<file\.txt>"),
         ({"data": "nowhere.txt"}, r"data='nowhere\.txt': no such file"),
+        ({"sweep.name": "mine"}, r"sweep\.name=mine: this command sets sweep\.name itself"),
+        ({"--multirun": ""}, r"--multirun.*: this command runs one trial"),
         ({"plain": "nowhere.txt"}, r"plain='nowhere\.txt': no such file"),
         ({"train.mode": "full"}, r"train\.mode=full leaves no adapter: take lora"),
     ],

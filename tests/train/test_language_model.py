@@ -174,6 +174,7 @@ def test_full_fine_tuning_moves_tied_embeddings_too(trial):
     config = trial(train={"mode": "full", "max_steps": 2}, optimizer={"lr": 1e-3})
     result = run_trial(config)
     assert result["trainable_params"] == result["base_params"]
+    assert result["base_bytes"] == 4 * result["base_params"]
 
 
 def test_a_gradient_reaches_the_adapter_by_target_tokens_alone(trial):
