@@ -7,26 +7,20 @@ them too.
 
 import re
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
 from lorax.errors import LoraxError
 from lorax.models.families import family_of
 from lorax.models.family import Rule, rule_of
+from lorax.models.weight import Shaped, Tensor, Weight
 
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {"embedding": "weight", "scale": "weight", "bias": "bias"}
+_TURNED = (".kernel", ".taps")  # outputs last; a convolution's window first
+_LEAVES |= {leaf.removeprefix("."): "weight" for leaf in _TURNED}
 # Norms of TensorFlow's time.
 _SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 _SHOWN_FAULTS = 5
-
-
-class Shaped(Protocol):
-    """Whatever has a shape: an array or a `jax.ShapeDtypeStruct`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Dimensions."""
 
 
 def hf_module(path: str, model_type: str) -> str:
@@ -52,7 +46,7 @@ def hf_module(path: str, model_type: str) -> str:
 
 def is_transposed(path: str, model_type: str) -> bool:
     """Whether Hugging Face stores this parameter of ours transposed."""
-    return path.endswith(".kernel") and _find(path, model_type)[0].transposed
+    return path.endswith(_TURNED) and _find(path, model_type)[0].transposed
 
 
 def _find(path: str, model_type: str) -> tuple[Rule, str]:
@@ -75,13 +69,25 @@ def _strip(name: str, prefix: str) -> str:
 
 
 def convert(
-    tensors: Mapping[str, np.ndarray],
+    tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Shaped],
     model_type: str,
     *,
     load_head: bool,
 ) -> dict[str, np.ndarray]:
-    """Picks our parameters out of a checkpoint.
+    """Picks our parameters out of a checkpoint: the arrays of `find_weights`, read."""
+    found = find_weights(tensors, wanted, model_type, load_head=load_head)
+    return {path: weight.read() for path, weight in found.items()}
+
+
+def find_weights(
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Shaped],
+    model_type: str,
+    *,
+    load_head: bool,
+) -> dict[str, Weight]:
+    """Finds our parameters in a checkpoint, by names and shapes; reads none of them.
 
     Args:
       tensors: the checkpoint; names with or without the prefix of the base model, such as `bert.`.
@@ -91,14 +97,14 @@ def convert(
         another number of outputs is left out, as is what the checkpoint does not have.
 
     Returns:
-      Dotted path to array, in our layout: every `encoder.` parameter, and the head's that exist.
+      Dotted path to weight, in our layout: every parameter of the base, and the head's that exist.
 
     Raises:
       LoraxError: every missing, mis-shaped and unexpected weight, in one line.
     """
     family = family_of(model_type)
     given = {_strip(name, family.prefix): tensor for name, tensor in tensors.items()}
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Weight] = {}
     used, faults = set(), []
     absent = _absent_head_modules(wanted, given, model_type) if load_head else ("head.",)
     for path, want in wanted.items():
@@ -110,27 +116,19 @@ def convert(
         if name not in given:
             faults.append(f"missing {name}")
             continue
-        turned = rule.transposed and path.endswith(".kernel")
-        array, expected = _part(given[name].T if turned else given[name], rule), tuple(want.shape)
-        if array is not None and array.shape == expected:
-            found[path] = array
+        turned = rule.transposed and path.endswith(_TURNED)
+        shape, (part, of) = tuple(want.shape), rule.part or (0, 1)
+        whole = (*shape[:-1], shape[-1] * of)
+        expected = whole[::-1] if turned else whole
+        if tuple(given[name].shape) == expected:
+            found[path] = Weight(given[name], shape, turned, part * shape[-1])
         else:
-            whole = (*expected[:-1], expected[-1] * (rule.part[1] if rule.part else 1))
-            expected = whole[::-1] if turned else whole
-            faults.append(f"{name} has shape {given[name].shape}, expected {expected}")
+            faults.append(f"{name} has shape {tuple(given[name].shape)}, expected {expected}")
     rest = sorted(given.keys() - used)
     faults += [f"unexpected {name}" for name in rest if not re.fullmatch(family.unneeded, name)]
     if faults:
         raise LoraxError(f"checkpoint does not fit {model_type}: {_summary(faults)}")
     return found
-
-
-def _part(array: np.ndarray, rule: Rule) -> np.ndarray | None:
-    """Our part of a fused array, cut along its last axis; None: it cannot be cut so."""
-    if rule.part is None:
-        return array
-    n, of = rule.part
-    return np.split(array, of, axis=-1)[n] if array.shape[-1] % of == 0 else None
 
 
 def _summary(faults: list[str]) -> str:
@@ -139,7 +137,7 @@ def _summary(faults: list[str]) -> str:
 
 
 def _absent_head_modules(
-    wanted: Mapping[str, Shaped], tensors: Mapping[str, np.ndarray], model_type: str
+    wanted: Mapping[str, Shaped], tensors: Mapping[str, Shaped], model_type: str
 ) -> tuple[str, ...]:
     """Prefixes of the head's modules that start fresh.
 

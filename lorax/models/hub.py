@@ -9,20 +9,22 @@ from typing import Any
 import numpy as np
 
 from lorax.errors import LoraxError
+from lorax.models.stored import StoredTensor, stored_tensors
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_PATTERNS = ["*.json", "*.txt", "*.model"]
 
 
-def resolve_source(source: str, revision: str | None = None) -> Path:
+def resolve_source(source: str, revision: str | None = None, *, weights: bool = False) -> Path:
     """Finds a model's folder, downloading it where need be.
 
     Args:
       source: a folder (as given, under the project's root, or under `$LORAX_ASSETS`, which stands
         for the project's `assets`), or else a repository id of the Hugging Face hub.
       revision: branch, tag or commit on the hub.
+      weights: download these, too; without, a model of the hub is its config and its tokenizer.
 
     Returns:
       The local folder.
@@ -34,10 +36,11 @@ def resolve_source(source: str, revision: str | None = None) -> Path:
         if source and folder.is_dir():
             return folder
     if source.startswith("assets/"):
-        raise LoraxError(f"{source} is not there yet: run `python scripts/fetch_assets.py`")
+        name = source.split("/")[1]
+        raise LoraxError(f"{source} is not there yet: run `python scripts/fetch_assets.py {name}`")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
         raise LoraxError(f"model.source={source!r} is no folder, and no repository id of the hub")
-    return _download(source, revision)
+    return _download(source, revision, [*_PATTERNS, "*.safetensors"] if weights else _PATTERNS)
 
 
 def _candidates(source: str) -> list[Path]:
@@ -48,7 +51,7 @@ def _candidates(source: str) -> list[Path]:
     return folders
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -59,7 +62,7 @@ def _download(repo: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=_PATTERNS, ignore_patterns=["*/*"]
+                repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
             )
         )
     # Hub errors come from several packages (HTTP, validation, cache), and all mean the same here.
@@ -97,9 +100,14 @@ def load_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
       LoraxError: no safetensors there, a missing shard, or a damaged file.
     """
-    tensors: dict[str, np.ndarray] = {}
+    return {name: tensor[...] for name, tensor in open_checkpoint(path).items()}
+
+
+def open_checkpoint(path: str | Path) -> dict[str, StoredTensor]:
+    """As `load_checkpoint`, of the files' headers alone: tensors that are read when indexed."""
+    tensors: dict[str, StoredTensor] = {}
     for file in _weight_files(Path(path)):
-        tensors.update(_load_file(file))
+        tensors.update(stored_tensors(file))
     return tensors
 
 
@@ -132,13 +140,3 @@ def _pickle_refused(path: Path) -> LoraxError:
         f"{path} is a pickle, which may run code when loaded, so it is refused: convert it with "
         "transformers (from_pretrained, then save_pretrained writes model.safetensors)"
     )
-
-
-def _load_file(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise LoraxError(f"{path} is damaged or no safetensors file: {error}") from error

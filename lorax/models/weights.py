@@ -1,13 +1,12 @@
 """From a `ModelConfig` to a model with a checkpoint's weights."""
 
 import dataclasses
-import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -16,9 +15,11 @@ from lorax.errors import LoraxError
 from lorax.models.build import abstract_model
 from lorax.models.causal_lm import CausalLM
 from lorax.models.classifier import Head
-from lorax.models.convert import convert
-from lorax.models.hub import load_checkpoint, resolve_source
-from lorax.models.quantization import quantize
+from lorax.models.convert import find_weights
+from lorax.models.fits import check_fits
+from lorax.models.hub import open_checkpoint, resolve_source
+from lorax.models.place import Shardings, place
+from lorax.models.weight import Weight
 
 
 def load_model(
@@ -30,11 +31,14 @@ def load_model(
     param_dtype: DTypeLike = jnp.float32,
     quantized: str | None = None,
     remat: bool = False,
+    shardings: Shardings | None = None,
     on_host: bool = False,
 ) -> Any:
     """The model with the checkpoint's weights.
 
-    They are read once a process and shared, never copied, by all models of the same config.
+    They are read once a process and shared, never copied, by all models of the same config. One
+    weight at a time is read, converted and put where it is kept, so that the host never holds the
+    checkpoint as a whole. Whether they fit is told before any weight is read, or downloaded.
 
     A classifier's head is drawn from `key` alone. With pooling `pooler` the checkpoint's pooler,
     and its output layer where that has `num_outputs` outputs, take the place of what was drawn;
@@ -50,12 +54,17 @@ def load_model(
       quantized: `int8` or `nf4` for the kernels of the base's layers; None: `param_dtype`. For
         `lorax.init` take the shapes of `abstract_model`: a quantized kernel is two arrays.
       remat: as in `abstract_model`.
-      on_host: leave the weights as NumPy arrays, to be cut over several devices.
+      shardings: from the shape of a parameter of the base to the devices that it is cut over
+        (`lorax.train.mesh.base_shardings`); each process reads what its own devices hold. One
+        function for all calls, lest the weights are read again. None: the default device.
+      on_host: leave weights without a sharding as NumPy arrays.
 
     Raises:
-      LoraxError: as `abstract_model`; a checkpoint that is damaged or does not fit.
+      LoraxError: as `abstract_model`; a base that is larger than the memory; a checkpoint that is
+        damaged or does not belong to the config; `quantized` with `shardings`.
     """
-    folder = resolve_source(model.source, model.revision)
+    if quantized and shardings:
+        raise LoraxError(f"a base in {quantized} is not cut over devices: take bf16, or one device")
     request = _Request(
         tuple(dataclasses.asdict(model).items()),
         num_outputs,
@@ -63,10 +72,13 @@ def load_model(
         jnp.dtype(param_dtype),
         quantized,
         remat,
+        shardings,
         on_host,
-        tuple((file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.*"))),
     )
-    graphdef, config, params = _load(request)
+    version = _version(resolve_source(model.source, model.revision), "config.json")
+    graphdef, config, _ = _architecture(request, version)
+    folder = resolve_source(model.source, model.revision, weights=True)
+    params = _load(request, version, _version(folder, "*.safetensors*"))
     if num_outputs:
         head = Head(config, num_outputs, pooling=model.pooling, rngs=nnx.Rngs(params=key))
         params = _flatten({"head": nnx.to_pure_dict(nnx.state(head))}) | params
@@ -85,8 +97,18 @@ def load_causal_lm(
     return load_model(model, 0, key=jax.random.key(0), **options)
 
 
+def check_checkpoint(model: ModelConfig, num_outputs: int) -> None:
+    """Refuses a checkpoint whose names or shapes do not belong to its config; reads no weights.
+
+    Raises:
+      LoraxError: as `load_model`, save for memory.
+    """
+    abstract = abstract_model(model, num_outputs)
+    _find(model, abstract.config, _flatten(nnx.to_pure_dict(nnx.state(abstract))))
+
+
 class _Request(NamedTuple):
-    """What decides the weights of a model; the files' times, so that new ones are read."""
+    """What decides the weights of a model, beside its files."""
 
     model: tuple[tuple[str, Any], ...]
     num_outputs: int
@@ -94,13 +116,21 @@ class _Request(NamedTuple):
     param_dtype: Any
     quantized: str | None
     remat: bool
+    shardings: Shardings | None
     on_host: bool
-    files: tuple[tuple[str, int], ...]
+
+
+Version = tuple[tuple[str, int], ...]  # of files, by their times, so that new ones are read
+
+
+def _version(folder: Path, pattern: str) -> Version:
+    return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(folder.glob(pattern)))
 
 
 @lru_cache(maxsize=2)
-def _load(request: _Request) -> tuple[Any, Any, dict[str, Any]]:
-    """(graph definition, architecture, the checkpoint's arrays); all trials share the arrays."""
+def _architecture(request: _Request, config: Version) -> tuple[Any, Any, dict[str, Any]]:
+    """(graph definition, config, parameters' shapes) of a base that fits into the memory."""
+    del config
     model = ModelConfig(**dict(request.model))
     abstract = abstract_model(
         model,
@@ -111,20 +141,46 @@ def _load(request: _Request) -> tuple[Any, Any, dict[str, Any]]:
     )
     graphdef, state = nnx.split(abstract)
     wanted = _flatten(nnx.to_pure_dict(state))
-    config = abstract.config
     try:
-        tensors = load_checkpoint(resolve_source(model.source, model.revision))
-        loaded = convert(tensors, wanted, config.model_type, load_head=model.pooling == "pooler")
+        check_fits(
+            wanted,
+            quantized=request.quantized,
+            shardings=request.shardings,
+            on_host=request.on_host,
+        )
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
-    return graphdef, config, {p: _stored(p, x, wanted[p], request) for p, x in loaded.items()}
+    return graphdef, abstract.config, wanted
 
 
-def _stored(path: str, x: np.ndarray, wanted: Any, request: _Request) -> Any:
-    place = np.asarray if request.on_host else jnp.asarray
-    if request.quantized and re.fullmatch(r"(en|de)coder\.layers\..+\.kernel", path):
-        return jax.tree.map(place, quantize(x, request.quantized))
-    return place(x, wanted.dtype)
+@lru_cache(maxsize=2)
+def _load(request: _Request, config: Version, weights: Version) -> dict[str, Any]:
+    """The checkpoint's arrays, which all trials share."""
+    del weights
+    model = ModelConfig(**dict(request.model))
+    _, architecture, wanted = _architecture(request, config)
+    found = _find(model, architecture, wanted)
+    return {
+        path: place(
+            path,
+            weight,
+            wanted[path].dtype,
+            quantized=request.quantized,
+            shardings=request.shardings,
+            on_host=request.on_host,
+        )
+        for path, weight in found.items()
+    }
+
+
+def _find(model: ModelConfig, config: Any, wanted: dict[str, Any]) -> dict[str, Weight]:
+    folder = resolve_source(model.source, model.revision, weights=True)
+    load_head = model.pooling == "pooler"
+    try:
+        tensors = open_checkpoint(folder)
+        return find_weights(tensors, wanted, config.model_type, load_head=load_head)
+    except LoraxError as error:
+        raise LoraxError(f"model.source={model.source}: {error}") from None
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

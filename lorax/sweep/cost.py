@@ -1,30 +1,21 @@
 """What a pack would cost: memory from XLA, time from FLOPs and one measured step."""
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from lorax import data
 from lorax.config import TrialConfig
+from lorax.free_memory import device_memory, free_host_memory
 from lorax.lora.paths import leaves_by_path
 from lorax.sweep.engine import PackEngine, mesh_of
+from lorax.train.dataset import Dataset, epoch_steps, load_dataset, total_steps
 from lorax.train.measure import StepCost, compile_cost
 from lorax.train.optimizer import Hyper
-from lorax.train.setup import (
-    Dataset,
-    epoch_steps,
-    frozen_shapes,
-    hyper_of,
-    load_dataset,
-    prepare,
-    total_steps,
-)
+from lorax.train.setup import frozen_shapes, hyper_of, prepare
 from lorax.train.step import Frozen, State, init_state, train_step
 
 GIB = 2**30
@@ -75,7 +66,10 @@ def _size_of(trial: TrialConfig) -> Size:
 def base_flops(trial: TrialConfig) -> float:
     """FLOPs a token in the frozen base's products: forward, and back to activations."""
     leaves = leaves_by_path(frozen_shapes(trial))
-    return 4.0 * sum(leaf.size for path, leaf in leaves.items() if path.endswith(".kernel"))
+    products = [leaf for path, leaf in leaves.items() if path.endswith(".kernel")]
+    if "lm_head.kernel" not in leaves and (table := leaves.get("decoder.word.embedding")):
+        products.append(table)  # the output layer, too
+    return 4.0 * sum(leaf.size for leaf in products)
 
 
 def shapes_of(trial: TrialConfig) -> dict[int, float]:
@@ -195,8 +189,7 @@ def memory_limit(trial: TrialConfig) -> int:
     """
     if trial.sweep.memory_limit_gib is not None:
         return int(trial.sweep.memory_limit_gib * GIB)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return int(SPARE * (stats.get("bytes_limit") or _free_host_memory()))
+    return int(SPARE * (device_memory() or free_host_memory()))
 
 
 def dummy_batch(trial: TrialConfig, rows: int) -> dict[str, np.ndarray]:
@@ -215,41 +208,3 @@ def _adapter_key(trial: TrialConfig) -> str:
 
 def _dataset(trial: TrialConfig) -> Dataset:
     return load_dataset(trial)
-
-
-def _free_host_memory() -> int:
-    """Free memory of the machine, or of the control groups that this process is confined to."""
-    free = [_free_in(group) for group in _control_groups()]
-    return min([_meminfo("MemAvailable"), *(n for n in free if n is not None)])
-
-
-def _control_groups() -> list[Path]:
-    """This process's group (version 2) and those above it."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return [root]
-    names = [line.removeprefix("0::/") for line in lines if line.startswith("0::/")]
-    own = root / names[0] if names else root
-    return [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
-
-
-def _free_in(group: Path) -> int | None:
-    """What a control group may still take; cached files make room. None without a limit."""
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        words = (group / "memory.stat").read_text().split()
-    except (OSError, ValueError):  # no such group, or no limit ("max")
-        return None
-    cached = int(words[words.index("inactive_file") + 1]) if "inactive_file" in words else 0
-    return limit - used + cached
-
-
-def _meminfo(name: str) -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        line = next(line for line in lines if line.startswith(name))
-        return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -55,9 +55,9 @@ def memory_of(trial: TrialConfig) -> Memory:
     Raises:
       LoraxError: as `lorax.train.setup.check_trial`; a mesh.
     """
-    check_trial(trial)
     if trial.sweep.mesh != MeshConfig():
         raise LoraxError("the memory table is of a step on one device: leave sweep.mesh out")
+    check_trial(trial)
     cost, (state, frozen, _, batch) = largest_step(trial)
     base, trained, optimizer, tokens = map(
         _bytes, (frozen, state.trainable, state.opt_state, batch)

@@ -72,7 +72,7 @@ def test_the_command_prints_the_table_and_faults_in_a_line(world, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("| MB")
-    assert len(done.stdout.splitlines()) == 9
+    assert len(done.stdout.splitlines()) == 10
     done = subprocess.run(
         [*command, "lora.targets=nothing"], capture_output=True, text=True, cwd=ROOT, check=False
     )

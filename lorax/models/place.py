@@ -1,0 +1,74 @@
+"""A checkpoint's weights to where they are kept, one at a time.
+
+What the host holds of a weight is dropped before the next one is read.
+"""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+
+from lorax.models.quantization import quantize
+from lorax.models.weight import Bounds, Weight
+
+Shardings = Callable[[tuple[int, ...]], Sharding]
+
+
+def is_quantized(path: str) -> bool:
+    """Whether a base in few bits has this parameter in few bits: the kernels of its layers."""
+    return re.fullmatch(r"(en|de)coder\.layers\..+\.kernel", path) is not None
+
+
+def is_cut(path: str) -> bool:
+    """Whether `shardings` are for this parameter: all but the head's, which is trained."""
+    return not path.startswith("head.")
+
+
+def place(
+    path: str,
+    weight: Weight,
+    dtype: DTypeLike,
+    *,
+    quantized: str | None = None,
+    shardings: Shardings | None = None,
+    on_host: bool = False,
+) -> Any:
+    """Reads a weight and puts it where it is kept.
+
+    Args:
+      path: of the parameter.
+      weight: in the checkpoint.
+      dtype: to store it in.
+      quantized: `int8` or `nf4` for the kernels of the base's layers.
+      shardings: from a shape of the base to its devices; each of them gets its piece alone.
+      on_host: where there is no sharding, leave it as a NumPy array.
+
+    Returns:
+      An array, or a `Quantized`.
+    """
+    if shardings and is_cut(path):
+        return _cut(weight, np.dtype(dtype), shardings(weight.shape))
+    put = np.asarray if on_host else jax.device_put  # `jnp.asarray` copies twice
+    if quantized and is_quantized(path):
+        placed = jax.tree.map(put, quantize(weight.read(), quantized))
+    else:
+        placed = put(weight.read().astype(dtype, copy=False))
+    return jax.block_until_ready(placed)  # the copies that a device has not taken yet add up
+
+
+def _cut(weight: Weight, dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    """The weight over the devices; a process reads what its own need, each piece once."""
+
+    @cache
+    def read(bounds: Bounds) -> np.ndarray:
+        return weight.read(bounds).astype(dtype, copy=False)
+
+    def piece(index: Any) -> np.ndarray:
+        return read(tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True)))
+
+    return jax.block_until_ready(jax.make_array_from_callback(weight.shape, sharding, piece))
