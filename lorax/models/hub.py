@@ -14,7 +14,7 @@ from lorax.models.stored import StoredTensor, stored_tensors
 _ROOT = Path(__file__).resolve().parents[2]
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_PATTERNS = ["*.json", "*.txt", "*.model"]
+_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 def resolve_source(source: str, revision: str | None = None, *, weights: bool = False) -> Path:

@@ -23,7 +23,7 @@ CASES = {
     "rank too large": (["lora.rank=33"], "33.*32"),
     "target that matches nothing": (["lora.targets=quary"], "'quary' matches no .*mean 'query'"),
     "unknown task": (["task.name=mprc"], r"unknown task.name 'mprc': did you mean 'mrpc'\?"),
-    "unknown task file": (["task=mprc"], "task/mprc.*there are cola, mnli, mrpc"),
+    "unknown task file": (["task=mprc"], "task/mprc.*there are cola, e2e, .*, mnli, mrpc"),
     "unknown mode": (["train.mode=lorra"], "train.mode='lorra' is unknown; use one of lora, full"),
     "negative rate": (["optimizer.lr=-1"], "optimizer.lr=-1.0 is not a positive number"),
     "rate that is none": (["optimizer.lr=nan"], "optimizer.lr=nan is not a positive number"),
