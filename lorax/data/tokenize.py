@@ -66,7 +66,7 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded:
-    """Tokenizes a split; sets `tokenizer`'s truncation.
+    """Tokenizes a split; leaves `tokenizer` without truncation.
 
     Args:
       tokenizer: from `load_tokenizer`.
@@ -85,6 +85,7 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded
     second = examples.second
     inputs = examples.first if second is None else list(zip(examples.first, second, strict=True))
     encodings = tokenizer.encode_batch_fast(inputs)
+    tokenizer.no_truncation()
     return Encoded(
         [np.asarray(e.ids, np.int32) for e in encodings],
         [np.asarray(e.type_ids, np.int32) for e in encodings],

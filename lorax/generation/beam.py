@@ -104,9 +104,9 @@ def _first(program: Program, prompts: Prompts, cache: KVCache) -> State:
     ids_BxKxS = jnp.repeat(ids_BxS[:, None], K, axis=1)
     shape = ids_BxKxS.shape[:2]
     zeros_BxK = jnp.zeros(shape, jnp.float32)
-    never_BxK = jnp.full(shape, _NEVER, jnp.float32)
+    never_BxK = jnp.full(shape, -jnp.inf, jnp.float32)
     ended = Ended(
-        ids_BxKxS, never_BxK, never_BxK, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
+        ids_BxKxS, never_BxK, zeros_BxK, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool)
     )
     # All beams of a row are the same prompt: the first alone is extended.
     log_prob_BxK = zeros_BxK.at[:, 1:].set(_NEVER)
@@ -156,11 +156,12 @@ def _ended(program: Program, options: Options, state: State, found: Candidates) 
     is_first_1xC = (jnp.arange(found.ends.shape[1]) < program.num_beams)[None]
     can_end_BxC = found.ends & is_first_1xC & state.is_open[:, None]
     score_BxC = found.log_prob / length.astype(jnp.float32) ** options.length_penalty
-    score_BxC += jnp.where(can_end_BxC, 0.0, _NEVER)
+    score_BxC = jnp.where(can_end_BxC, score_BxC, -jnp.inf)
     length_BxC = jnp.full(score_BxC.shape, length)
     more = Ended(found.ids, score_BxC, found.log_prob, length_BxC, can_end_BxC)
     merged = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), state.ended, more)
-    _, order_BxK = jax.lax.top_k(merged.score, program.num_beams)
+    # Any real score, were it -inf, is before an empty slot.
+    order_BxK = jnp.lexsort((-merged.score, ~merged.is_full))[:, : program.num_beams]
     return jax.tree.map(lambda x: _take(x, order_BxK), merged)
 
 

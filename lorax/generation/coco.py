@@ -2,10 +2,12 @@
 
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lorax.errors import LoraxError
 
+Texts = Mapping[int, Sequence[str]]
 COCO = ("meteor", "rouge_l", "cider")
 
 
@@ -40,15 +42,22 @@ def coco_scores(
         tokens = _ptb_tokens(lines)
         of_references = {i: line[1:] for i, line in enumerate(tokens)}
         of_hypotheses = {i: line[:1] for i, line in enumerate(tokens)}
-        scores = {
-            name: scorers[name]().compute_score(of_references, of_hypotheses) for name in names
-        }
+        return {name: _score(scorers[name](), of_references, of_hypotheses) for name in names}
     except (OSError, ValueError) as error:  # no room, no right to write, no memory for Java
         raise LoraxError(
             f"{', '.join(names)}: pycocoevalcap failed ({error}); its folder has to be writable, "
             "and METEOR's Java needs 2 GB"
         ) from error
-    return {name: float(score) for name, (score, _) in scores.items()}
+
+
+def _score(scorer: Any, of_references: Texts, of_hypotheses: Texts) -> float:
+    try:
+        return float(scorer.compute_score(of_references, of_hypotheses)[0])
+    finally:
+        # METEOR's, where its Java failed, keeps the lock that its own end waits for.
+        if hasattr(scorer, "lock") and scorer.lock.locked():
+            scorer.meteor_p.kill()
+            scorer.lock.release()
 
 
 def _ptb_tokens(lines: Sequence[Sequence[str]]) -> list[list[str]]:

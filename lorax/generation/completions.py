@@ -11,7 +11,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from lorax.errors import LoraxError
-from lorax.generation.config import GenerationConfig
+from lorax.generation.config import GenerationConfig, is_whole
 from lorax.generation.decode import Made, draw, search
 from lorax.generation.program import Options, Program
 from lorax.generation.prompts import (
@@ -22,6 +22,8 @@ from lorax.generation.prompts import (
     round_up,
 )
 from lorax.generation.text import Stops, cut, text_after
+from lorax.lora.nnx_model import LoraLayer
+from lorax.lora.rows import RowsLayer
 from lorax.models import CausalLM
 
 
@@ -60,7 +62,7 @@ def generate(
     multiples of 32. Other prompts, weights, adapters and values of options take it again.
 
     Args:
-      model: plain, merged, or adapted by `lorax.adapt`.
+      model: plain, merged, or adapted by `lorax.adapt` without dropout.
       prompts: texts, or sequences of token ids.
       config: None: greedy, 64 new tokens.
       tokenizer: the model's (`lorax.data.load_tokenizer`); texts and `stop` need it.
@@ -124,10 +126,13 @@ def _checked(
     """The prompts' ids, if all is well."""
     if not isinstance(model, CausalLM):
         raise LoraxError(f"a CausalLM generates (load_causal_lm), not a {type(model).__name__}")
-    if batch_size < 1:
-        raise LoraxError(f"batch_size={batch_size} is not a whole number from 1")
+    _check_adapters(model)
+    if not is_whole(batch_size, 1):
+        raise LoraxError(f"batch_size={batch_size!r} is not a whole number from 1")
     if config.temperature and key is None:
         raise LoraxError(f"temperature={config.temperature} samples: give key=jax.random.key(seed)")
+    if key is not None and not _is_key(key):
+        raise LoraxError(f"key={key!r} is not a PRNG key: give key=jax.random.key(seed)")
     words, longest = model.config.vocab_size, model.config.max_length
     if wrong := [token for token in config.eos_ids if token >= words]:
         raise LoraxError(f"eos_token_id={wrong[0]}: this model's ids are 0 to {words - 1}")
@@ -139,6 +144,27 @@ def _checked(
     if tokenizer is not None:
         check_tokenizer(tokenizer, words)
     return encode_prompts(prompts, tokenizer, words, longest - config.max_new_tokens)
+
+
+def _check_adapters(model: CausalLM) -> None:
+    for _, layer in nnx.iter_graph(model):
+        if isinstance(layer, RowsLayer):
+            raise LoraxError(
+                f"{layer.path!r} has an adapter a row (adapt_rows), but generate orders prompts by "
+                "itself: take lorax.adapt, or decode by the model's own cache"
+            )
+        if isinstance(layer, LoraLayer) and layer.key is not None and layer.rate:
+            raise LoraxError(
+                f"{layer.path!r} drops {layer.rate} of its inputs: adapt without key= to generate"
+            )
+
+
+def _is_key(key: Any) -> bool:
+    try:
+        jax.random.fold_in(key, 0)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _program(graphdef: Any, config: GenerationConfig) -> Program:

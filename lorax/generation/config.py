@@ -8,8 +8,11 @@ from typing import Any
 
 from lorax.errors import LoraxError
 
+_COLDEST = 1e-30  # logits divided by less would overflow float32
 
-def _is_whole(value: Any, least: int) -> bool:
+
+def is_whole(value: Any, least: int) -> bool:
+    """Whether it is a whole number from `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
@@ -18,25 +21,24 @@ def _is_real(value: Any, least: float = -math.inf) -> bool:
     return is_number and math.isfinite(value) and value >= least
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
 def _several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 # What each option has to be, and the test of it.
 _RIGHT: dict[str, tuple[str, Any]] = {
-    "max_new_tokens": ("a whole number from 1", lambda x: _is_whole(x, 1)),
-    "temperature": ("a number from 0 (greedy)", lambda x: _is_real(x, 0)),
-    "top_k": ("a whole number from 1, or 0 for all words", lambda x: _is_whole(x, 0)),
+    "max_new_tokens": ("a whole number from 1", lambda x: is_whole(x, 1)),
+    "temperature": (
+        f"0 (greedy) or a number from {_COLDEST}",
+        lambda x: _is_real(x) and (x == 0 or x >= _COLDEST),
+    ),
+    "top_k": ("a whole number from 1, or 0 for all words", lambda x: is_whole(x, 0)),
     "top_p": ("in (0, 1]", lambda x: _is_real(x, 0) and 0 < x <= 1),
-    "num_beams": ("a whole number from 1", lambda x: _is_whole(x, 1)),
+    "num_beams": ("a whole number from 1", lambda x: is_whole(x, 1)),
     "length_penalty": ("a number", _is_real),
     "early_stopping": ("True, False or 'never'", lambda x: isinstance(x, bool) or x == "never"),
-    "no_repeat_ngram_size": ("a whole number from 1, or 0 for off", lambda x: _is_whole(x, 0)),
-    "eos_token_id": ("one id or several", lambda ids: all(_is_whole(x, 0) for x in _several(ids))),
+    "no_repeat_ngram_size": ("a whole number from 1, or 0 for off", lambda x: is_whole(x, 0)),
+    "eos_token_id": ("one id or several", lambda ids: all(is_whole(x, 0) for x in _several(ids))),
     "stop": (
         "one text or several",
         lambda texts: all(isinstance(x, str) and x for x in _several(texts)),

@@ -1,6 +1,6 @@
 """From prompts to batches of few shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,11 +16,16 @@ _LEAST = 0.75  # of a model's words that its tokenizer knows; tables are padded 
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a tokenizer that is not this model's, as far as sizes tell.
+    """Refuses a tokenizer that is not this model's, as far as sizes tell, or that changes prompts.
 
     Raises:
-      LoraxError: it has more words than the model, or far fewer.
+      LoraxError: it has more words than the model, or far fewer; it cuts texts or pads them.
     """
+    if tokenizer.truncation or tokenizer.padding:
+        raise LoraxError(
+            "the tokenizer cuts or pads prompts: call its no_truncation() and no_padding(), or "
+            "take lorax.data.load_tokenizer"
+        )
     words = tokenizer.get_vocab_size()
     if not _LEAST * vocab_size <= words <= vocab_size:
         raise LoraxError(
@@ -45,6 +50,8 @@ def encode_prompts(
     """
     if isinstance(prompts, str):
         raise LoraxError("prompts are one text: give a list of texts")
+    if not isinstance(prompts, Iterable):
+        raise LoraxError(f"prompts={prompts!r}: give a list of texts, or of lists of token ids")
     found = [_encode(n, prompt, tokenizer) for n, prompt in enumerate(prompts)]
     for n, ids in enumerate(found):
         if not ids:
@@ -65,7 +72,10 @@ def _encode(n: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
         if tokenizer is None:
             raise LoraxError(f"prompt {n} is a text: give a tokenizer, or token ids")
         return without_end(tokenizer.encode(prompt))
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of unlike lengths within it
+        ids = np.asarray(None)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
         raise LoraxError(f"prompt {n} is neither a text nor a sequence of token ids")
     return ids.tolist()

@@ -40,7 +40,7 @@ class Stops:
       tokenizer: of the model.
 
     Raises:
-      LoraxError: they could never be found: one is a special token, or there is no tokenizer.
+      LoraxError: they could never be found: a special token is in one, or there is no tokenizer.
     """
 
     texts: tuple[str, ...]
@@ -52,10 +52,10 @@ class Stops:
         added = self.tokenizer.get_added_tokens_decoder() if self.tokenizer else {}
         special = {token.content: n for n, token in added.items() if token.special}
         for text in self.texts:
-            if text in special:
+            if token := next((token for token in special if token and token in text), None):
                 raise LoraxError(
-                    f"stop={text!r} is a special token, which texts leave out: "
-                    f"set eos_token_id={special[text]}"
+                    f"stop={text!r}: {token!r} is a special token, which texts leave out: "
+                    f"set eos_token_id={special[token]}"
                 )
 
     def are_in(self, prompt: Sequence[int], ids: Sequence[int]) -> bool:

@@ -50,9 +50,11 @@ def forbid_repeats(
       ids_NxS: token ids.
       is_token_NxS: False on padding.
       end: columns from here on are still to come.
-      size: tokens an n-gram.
+      size: tokens an n-gram; above S, nothing is forbidden.
     """
     rows, columns = ids_NxS.shape
+    if size > columns:
+        return logits_NxV
     start_C = jnp.arange(columns - size + 1)
     is_repeat_NxC = is_token_NxS[:, : columns - size + 1] & (start_C + size <= end)[None]
     for n in range(size - 1):

@@ -10,10 +10,12 @@ onto `LlamaForCausalLM` and the like; an encoder's with a head onto
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lorax.errors import LoraxError
@@ -34,6 +36,7 @@ from lorax.lora.paths import leaves_by_path
 from lorax.models.convert import hf_module, is_transposed
 from lorax.models.families import family_of
 from lorax.models.hub import load_checkpoint, read_json
+from lorax.models.quantization import Quantized
 
 CONFIG = "adapter_config.json"
 
@@ -130,7 +133,7 @@ def load_peft(folder: str | Path, base: Any, model_type: str) -> PeftAdapter:
     config = read_json(folder / CONFIG)
     refuse(str(folder / CONFIG), check_config(config, model_type))
     tensors = load_checkpoint(_weights(folder))
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(base).items()}
+    shapes = _shapes(base)
     try:
         reader = Reader(config, tensors, shapes, model_type)
         lora, head = reader.lora(), reader.head()
@@ -147,6 +150,16 @@ def load_peft(folder: str | Path, base: Any, model_type: str) -> PeftAdapter:
     except (re.error, TypeError, AttributeError) as fault:
         raise LoraxError(f"{folder / CONFIG}: a value of the wrong form ({fault})") from fault
     return PeftAdapter(lora, spec, head)
+
+
+def _shapes(base: Any) -> dict[str, tuple[int, ...]]:
+    """Of every parameter by path; a kernel in few bits has that of the one it stands for."""
+
+    def shaped(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    plain = jax.tree.map(shaped, base, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return {path: leaf.shape for path, leaf in leaves_by_path(plain).items()}
 
 
 def _head_tensors(head: Mapping[str, Any], model_type: str) -> dict[str, np.ndarray]:
@@ -177,11 +190,14 @@ def _weights(folder: Path) -> Path:
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    except OSError as fault:
-        raise LoraxError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors' is the owner's alone
+    except (OSError, SafetensorError) as fault:
+        reason = getattr(fault, "strerror", None) or fault
+        raise LoraxError(f"cannot write {folder}: {reason}") from fault

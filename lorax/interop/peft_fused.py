@@ -29,17 +29,19 @@ def fuse(pairs: Mapping[int, Pair], of: int) -> Pair:
     """
     distinct: list[np.ndarray] = []
     for a, _ in pairs.values():
-        if not any(np.array_equal(a, other) for other in distinct):
+        if not any(_equal(a, other) for other in distinct):
             distinct.append(a)
     starts = np.cumsum([0, *map(len, distinct)])
     d_out = len(next(iter(pairs.values()))[1])
     whole = np.zeros((of * d_out, starts[-1]), np.float32)
     for n, (a, b) in pairs.items():
-        start = next(
-            s for s, other in zip(starts, distinct, strict=False) if np.array_equal(a, other)
-        )
+        start = next(s for s, other in zip(starts, distinct, strict=False) if _equal(a, other))
         whole[n * d_out : (n + 1) * d_out, start : start + len(a)] = b
     return np.concatenate(distinct), whole
+
+
+def _equal(a: np.ndarray, other: np.ndarray) -> bool:
+    return np.array_equal(a, other, equal_nan=True)
 
 
 def cut(pair: Pair, n: int, of: int) -> Pair:

@@ -1,6 +1,7 @@
 """The tensors of a PEFT adapter, taken one by one; nothing is passed over in silence."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,18 @@ class Reader:
                 f"{chosen[WORDS]} is adapted as embeddings alone; here they are the output layer, "
                 "too"
             )
+        self._check_fused(chosen)
         return {path: self._pair(path, name) for path, name in chosen.items()}
+
+    def _check_fused(self, chosen: Mapping[str, str]) -> None:
+        """Every part of a fused module has to be there: its share would be lost."""
+        counts = Counter(chosen.values())
+        for path, name in chosen.items():
+            _, of = fused_part(path, self.model_type) or (0, 1)
+            if counts[name] < of:
+                self.faults.append(
+                    f"{name} is {of} kernels here, but the base has {counts[name]} of them"
+                )
 
     def _pair(self, path: str, name: str) -> dict[str, Any]:
         d_in, d_out = self.shapes[path]

@@ -67,7 +67,10 @@ class Adapters:
 
         return Adapters(
             {path: put(path, slots) for path, slots in self.lora.items()},
-            {path: s.at[index].set(factors.get(path, 0.0)) for path, s in self.scales.items()},
+            {
+                path: s.at[index].set(factors[path] if path in lora else 0.0)
+                for path, s in self.scales.items()
+            },
         )
 
     @property

@@ -19,6 +19,9 @@ from lorax.lora.paths import leaf_path, leaves_by_path
 def union(adapters: Iterable[LoraTree]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Shapes that hold every one of the adapters: all targets, each at its largest rank.
 
+    Raises:
+      LoraxError: a target of adapters of different bases, as far as the number of axes tells.
+
     >>> one = {"q": {"a": np.ones((2, 3)), "b": np.ones((4, 2))}}
     >>> two = {"q": {"a": np.ones((8, 3)), "b": np.ones((4, 8))}, "v": one["q"]}
     >>> {path: pair["a"].shape for path, pair in union([one, two]).items()}
@@ -30,6 +33,11 @@ def union(adapters: Iterable[LoraTree]) -> dict[str, dict[str, jax.ShapeDtypeStr
             held = largest.setdefault(path, {})
             for name, leaf in pair.items():
                 largest_so_far = held.get(name, leaf)
+                if len(leaf.shape) != len(largest_so_far.shape):
+                    raise LoraxError(
+                        f"the adapters of {path!r} have {name} of shapes {largest_so_far.shape} "
+                        f"and {leaf.shape}, of different bases"
+                    )
                 shape = np.maximum(leaf.shape, largest_so_far.shape)
                 dtype = jnp.promote_types(leaf.dtype, largest_so_far.dtype)
                 held[name] = jax.ShapeDtypeStruct(tuple(map(int, shape)), dtype)

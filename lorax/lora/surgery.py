@@ -38,7 +38,10 @@ def _swap(
 ) -> nnx.Module:
     *parents, leaf = path.split(".")
     layer = _walk(model, parents, path)
-    _check_layer(layer, layer_axes(layer, path), path, pair)
+    axes = layer_axes(layer, path)
+    if leaf != (name := "embedding" if isinstance(layer, nnx.Embed) else "kernel"):
+        raise LoraxError(f"the adapter's target {path!r} is not its layer's {name!r}")
+    _check_layer(layer, axes, path, pair)
     adapted = wrap(layer, path)
     if not parents:
         return adapted

@@ -57,7 +57,9 @@ def test_ignores_the_files_own_padding_and_truncation(tmp_path):
 
 def test_encoded():
     examples = Examples(["a b c", "d"], ["e f", "g h a"], np.array([1.5, 2.0], np.float32))
-    encoded = encode(word_tokenizer(), examples, 7)
+    tokenizer = word_tokenizer()
+    encoded = encode(tokenizer, examples, 7)
+    assert tokenizer.truncation is None  # another use of it is not cut
     assert encoded.input_ids[0].tolist() == [1, 4, 5, 2, 8, 9, 2]
     assert encoded.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert encoded.input_ids[0].dtype == encoded.token_type_ids[0].dtype == np.int32

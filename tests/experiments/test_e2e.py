@@ -71,7 +71,5 @@ def test_what_cannot_be_done_is_refused_before_training(ran, change, match):
 
 def test_a_test_set_that_cannot_be_prompted_is_refused_before_training(ran, monkeypatch):
     monkeypatch.setattr(e2e, "SEARCH", {**e2e.SEARCH, "max_new_tokens": 60})
-    with pytest.raises(
-        LoraxError, match=r"\d+ tokens and 60 new ones are above the 64"
-    ):
+    with pytest.raises(LoraxError, match=r"\d+ tokens and 60 new ones are above the 64"):
         e2e.main([*ran[1], "seed=1"])

@@ -107,3 +107,21 @@ def test_log_probabilities_are_the_models(pair):
             want = float(log_probs[n, places, np.array(row.ids)].sum())
             assert row.log_prob == pytest.approx(want, rel=1e-5)
             assert row.score == pytest.approx(want / len(row.ids) ** 2, rel=1e-5)
+
+
+def test_ngrams_longer_than_all_columns_forbid_nothing(pair):
+    _, model = pair("llama")
+    prompts = prompts_of(*ragged("left"))
+    plain = ids_of(generate(model, prompts, GenerationConfig(NEW)))
+    config = GenerationConfig(NEW, no_repeat_ngram_size=100)
+    assert ids_of(generate(model, prompts, config)) == plain
+
+
+@pytest.mark.parametrize("penalty", [-20.0, -35.0])
+def test_the_worst_score_is_before_an_empty_slot(pair, penalty):
+    # All hypotheses end at the limit: the penalty scales their scores, to -1e24 and to -inf.
+    _, model = pair("llama")
+    prompts, options = prompts_of(*ragged("left")), {"max_new_tokens": NEW, "num_beams": 4}
+    want = ids_of(generate(model, prompts, GenerationConfig(**options)))
+    got = ids_of(generate(model, prompts, GenerationConfig(length_penalty=penalty, **options)))
+    assert got == want

@@ -10,7 +10,7 @@ from generation_helpers import EOS, ids_of, prompts_of, reference
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, beam, generate, sample
 from lorax.generation.text import text_after
-from lorax.lora import LoraSpec, adapt, init, merge
+from lorax.lora import LoraSpec, adapt, adapt_rows, init, merge, stack_adapters
 from lorax.models import DECODERS
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -147,7 +147,8 @@ def test_a_texts_first_space_is_kept():
     [
         ({"top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p=1.1 is not in \(0, 1\]"),
-        ({"temperature": -1}, r"temperature=-1 is not a number from 0 \(greedy\)"),
+        ({"temperature": -1}, r"temperature=-1 is not 0 \(greedy\) or a number from 1e-30"),
+        ({"temperature": 1e-39}, "temperature=1e-39 is not"),  # logits / it overflows
         ({"temperature": float("nan")}, "temperature=nan is not"),
         ({"top_k": -1}, "top_k=-1 is not a whole number"),
         ({"num_beams": 0}, "num_beams=0 is not a whole number from 1"),
@@ -156,6 +157,7 @@ def test_a_texts_first_space_is_kept():
         ({"length_penalty": "long"}, "length_penalty='long' is not a number"),
         ({"early_stopping": "always"}, "early_stopping='always' is not True, False or 'never'"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not one id or several"),
+        ({"stop": 3}, "stop=3 is not one text or several"),
         ({"stop": ("a", "")}, "stop=.* is not one text or several"),
         ({"num_beams": 2, "temperature": 1.0}, "num_beams=2 searches, temperature=1.0 samples"),
         ({"num_beams": 2, "stop": "."}, "stop='.' is not served with num_beams=2"),
@@ -174,6 +176,8 @@ def test_options_that_are_not_served_are_named(options, message):
         ([[3], []], {}, "prompt 1 is empty: begin it with the model's BOS token"),
         ([""], {"words": 61}, "prompt 0 is empty"),
         ("abc", {"words": 61}, "prompts are one text: give a list"),
+        (None, {}, "prompts=None: give a list of texts"),
+        ([[3], [1, [2, 3]]], {}, "prompt 1 is neither a text nor a sequence of token ids"),
         (["abc"], {}, "prompt 0 is a text: give a tokenizer"),
         ([[3], [61]], {}, "prompt 1 has id 61; this model's are 0 to 60"),
         ([[-1]], {}, "prompt 0 has id -1"),
@@ -184,12 +188,15 @@ def test_options_that_are_not_served_are_named(options, message):
         ([[3]], {"stop": "</s>", "words": 61}, "'</s>' is a special token.*set eos_token_id=2"),
         ([[3]], {"words": 62}, "the tokenizer has 62 words and the model 61"),
         ([[3]], {"words": 40}, "the tokenizer has 40 words and the model 61"),
+        ([[3]], {"stop": "a</s>", "words": 61}, "stop='a</s>': '</s>' is a special token"),
         ([[3]], {"batch_size": 0}, "batch_size=0 is not"),
+        ([[3]], {"batch_size": 2.5}, "batch_size=2.5 is not a whole number from 1"),
+        ([[3]], {"temperature": 1.0, "key": 0}, r"key=0 is not a PRNG key: give key=jax\.random"),
     ],
 )
 def test_prompts_that_cannot_be_served_are_named(pair, prompts, options, message):
     options = {"max_new_tokens": 5} | options
-    arguments = {name: options.pop(name) for name in ("batch_size",) if name in options}
+    arguments = {name: options.pop(name) for name in ("batch_size", "key") if name in options}
     if words := options.pop("words", None):
         vocabulary = {"[UNK]": 0} | {f"w{n}": n for n in range(1, words)}
         vocabulary = {name if n != 2 else "</s>": n for name, n in vocabulary.items()}
@@ -206,3 +213,30 @@ def test_prompts_that_cannot_be_served_are_named(pair, prompts, options, message
 def test_what_is_no_causal_model_is_refused():
     with pytest.raises(LoraxError, match=r"a CausalLM generates .*not a Linear"):
         generate(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), [[1]])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_model_whose_rows_have_adapters_of_their_own_is_refused(pair, beams):
+    # Prompts are ordered by length: the first row's adapter would go on with the second prompt.
+    _, model = pair("llama")
+    _, lora, spec = random_lora(model, 1)
+    rows = adapt_rows(model, stack_adapters([(lora, spec)]), [0, -1])
+    with pytest.raises(LoraxError, match=r"generate orders prompts by itself: take lorax\.adapt"):
+        generate(rows, [[3, 4], [5]], GenerationConfig(max_new_tokens=2, num_beams=beams))
+
+
+def test_a_model_that_drops_inputs_is_refused(pair):
+    _, model = pair("llama")
+    _, lora, spec = random_lora(model, 1)
+    config, key = GenerationConfig(max_new_tokens=2), jax.random.key(0)
+    with pytest.raises(LoraxError, match=r"drops 0\.5 of its inputs: adapt without key="):
+        generate(adapt(model, lora, spec, dropout=0.5, key=key), [[3]], config)
+    assert generate(adapt(model, lora, spec, dropout=0.0, key=key), [[3]], config)
+
+
+@pytest.mark.parametrize("how", ["enable_truncation", "enable_padding"])
+def test_a_tokenizer_that_changes_prompts_is_refused(pair, tokenizer, how):
+    other, config = tokenizers.Tokenizer.from_str(tokenizer.to_str()), GenerationConfig(5)
+    getattr(other, how)(**({"max_length": 2} if how == "enable_truncation" else {"length": 9}))
+    with pytest.raises(LoraxError, match=r"cuts or pads prompts: call its no_truncation\(\)"):
+        generate(pair("gpt2")[1], ["abc def"], config, tokenizer=other)

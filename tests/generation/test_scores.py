@@ -1,6 +1,7 @@
 import math
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -187,3 +188,30 @@ def test_a_java_that_fails_is_no_score(monkeypatch, tmp_path, script, message):
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(LoraxError, match=message):
         score_texts(HYPOTHESES, REFERENCES, ["rouge_l"])
+
+
+@pytest.mark.parametrize("script", ["exit 1", "echo no number; exec cat > /dev/null"])
+def test_a_process_ends_after_a_java_that_fails_meteor(tmp_path, script):
+    java = tmp_path / "java"
+    # The tokenizer's last argument is its file of texts; METEOR reads its input.
+    java.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        '*PTBTokenizer*) for last; do :; done; cat "$last";;\n'
+        f"*meteor*) {script};;\n"
+        "esac\n"
+    )
+    java.chmod(0o755)
+    code = (
+        "from lorax.generation.scores import score_texts; score_texts(['a'], [['a']], ['meteor'])"
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "LoraxError: meteor: pycocoevalcap failed" in done.stderr

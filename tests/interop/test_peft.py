@@ -356,3 +356,17 @@ def test_what_the_format_cannot_say(saved, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(LoraxError, match="cannot write"):
         save_peft(tmp_path / "file", lora, spec, "bert", source)
+    (tmp_path / "taken" / "adapter_model.safetensors").mkdir(parents=True)
+    with pytest.raises(LoraxError, match=r"cannot write .*taken") as error:
+        save_peft(tmp_path / "taken", lora, spec, "bert", source)
+    assert "\n" not in str(error.value)
+
+
+def test_both_files_have_the_same_mode(saved, tmp_path):
+    root, _, lora, spec = saved
+    save_peft(tmp_path / "adapter", lora, spec, "bert", str(root / "base"))
+    (tmp_path / "plain").write_text("")
+    modes = {
+        path.stat().st_mode for path in [*(tmp_path / "adapter").iterdir(), tmp_path / "plain"]
+    }
+    assert len(modes) == 1

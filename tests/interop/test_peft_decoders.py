@@ -18,7 +18,8 @@ from lorax import LoraSpec, adapt, adapt_rows, init, merge, stack_adapters
 from lorax.errors import LoraxError
 from lorax.interop import load_peft, save_peft
 from lorax.interop.peft_fused import cut, fuse
-from lorax.models import DECODERS
+from lorax.lora.paths import leaf_path
+from lorax.models import DECODERS, quantize
 
 LLAMAS = tuple(name for name in DECODERS if name != "gpt2")
 OURS = {
@@ -215,6 +216,36 @@ def test_a_fused_update_is_that_of_its_parts(ranks, shared):
         own_a, own_b = cut((a, b), n, 3)
         want = pairs[n][1] @ pairs[n][0] if n in pairs else np.zeros((6, 5))
         np.testing.assert_allclose(own_b @ own_a, want, rtol=0, atol=1e-5)
+
+
+def test_factors_that_are_not_numbers_are_fused_as_they_are():
+    bad = np.full((1, 2), np.nan)
+    a, b = fuse({0: (bad, np.ones((3, 1))), 2: (bad.copy(), np.ones((3, 1)))}, 3)
+    np.testing.assert_array_equal(a, bad)
+    assert b[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_an_adapter_is_read_for_a_base_in_few_bits(saved, kind):
+    root, base, _ = saved
+    some = ["attention.query.kernel", "mlp.up.kernel"]  # one part of c_attn among them
+
+    def few_bits(path, leaf):
+        return quantize(leaf, kind) if leaf_path(path).endswith(tuple(some)) else leaf
+
+    small = jax.tree_util.tree_map_with_path(few_bits, base)
+    got, want = (load_peft(root / "adapter", x, "gpt2") for x in (small, base))
+    jax.tree.map(np.testing.assert_array_equal, got.lora, want.lora)
+    assert got.spec == want.spec
+
+
+def test_a_base_without_a_part_of_c_attn_is_refused(saved):
+    root, base, _ = saved
+    base = jax.tree.map(lambda leaf: leaf, base)  # new dicts
+    del base["decoder"]["layers"][1]["attention"]["value"]["kernel"]
+    message = r"transformer\.h\.1\.attn\.c_attn is 3 kernels here, but the base has 2 of them"
+    with pytest.raises(LoraxError, match=message):
+        load_peft(root / "adapter", base, "gpt2")
 
 
 def test_two_adapters_of_peft_in_one_batch(tmp_path):

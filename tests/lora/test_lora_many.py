@@ -75,6 +75,11 @@ def test_a_spec_names_more_targets_than_an_adapter_has():
     assert pool.scales["out.kernel"].tolist() == [3.0]
 
 
+def test_a_replaced_slot_has_scale_0_for_what_its_adapter_lacks():
+    pool = lorax.stack_adapters([adapter({"out.kernel": (2, 3.0)})])
+    assert pool.replace(0, {}, {"out.kernel": 7.0}).scales["out.kernel"].tolist() == [0.0]
+
+
 def test_empty_slots_with_room_take_an_adapter_later():
     room = jax.eval_shape(
         lambda: lorax.init(jax.random.key(0), BASE, lorax.LoraSpec(5, targets="qv"))
@@ -113,11 +118,16 @@ def test_what_is_refused():
     large, other = adapter({"out.kernel": (4, 1.0)}), adapter({"layers.0.query.kernel": (1, 1.0)})
     wide = {"out.kernel": {"a": np.ones((2, 9)), "b": np.ones((6, 2))}}
     torn = {"out.kernel": {"a": np.ones((2, 5)), "b": np.ones((6, 1))}}
+    stacked = {"out.kernel": {"a": np.ones((3, 2, 5)), "b": np.ones((3, 6, 2))}}
     cases = [
         (lambda: lorax.stack_adapters([]), "no adapter to stack"),
         (lambda: lorax.stack_adapters([({}, {})]), "empty slots and their like="),
         (lambda: lorax.stack_adapters([(small, {})]), "no scale for .*'out.kernel'"),
         (lambda: lorax.stack_adapters([(small, scales), (wide, scales)]), r"'out.kernel' has A"),
+        (
+            lambda: lorax.stack_adapters([(small, scales), (stacked, scales)]),
+            r"'out.kernel' have a of shapes \(2, 5\) and \(3, 2, 5\), of different bases",
+        ),
         (lambda: lorax.stack_adapters([other], like=small), "'layers.0.query.kernel' has no place"),
         (
             lambda: pool.replace(0, *large),

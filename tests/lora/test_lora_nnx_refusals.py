@@ -90,3 +90,17 @@ def test_an_einsum_given_at_the_call():
     adapted = lorax.adapt(model, lorax.init(jax.random.key(0), nnx_params(model), spec), spec)
     with pytest.raises(lorax.LoraxError, match="give the einsum to the layer"):
         adapted(jnp.ones((2, 4)), "bi,oi->bo")
+
+
+@pytest.mark.parametrize(
+    ("layer", "leaf", "right"),
+    [
+        (nnx.Linear(4, 4, rngs=RNGS), "bias", "kernel"),
+        (nnx.Linear(4, 4, rngs=RNGS), "embedding", "kernel"),
+        (nnx.Embed(4, 4, rngs=RNGS), "kernel", "embedding"),
+    ],
+)
+def test_a_target_that_is_another_leaf_of_the_layer(layer, leaf, right):
+    lora = {f"layer.{leaf}": {"a": jnp.ones((1, 4)), "b": jnp.ones((4, 1))}}
+    with pytest.raises(lorax.LoraxError, match=rf"'layer\.{leaf}' is not its layer's '{right}'"):
+        lorax.adapt(Holder(layer), lora, lorax.LoraSpec(1))
