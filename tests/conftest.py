@@ -17,6 +17,7 @@ from lorax.config import TrialConfig
 ROOT = Path(__file__).resolve().parents[1]
 POLAR = {"negative": ["bad", "dull", "awful", "poor"], "positive": ["good", "fine", "great", "fun"]}
 NEUTRAL = [f"w{n}" for n in range(200)]
+MOST_MAPS = 20_000  # Linux grants 65,530
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 DEFAULTS: dict[str, Any] = {
     "task": {"name": "sst2", "max_length": 16},
@@ -109,6 +110,20 @@ def tokens_apart(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAX_TOKEN_CACHE", str(tmp_path_factory.mktemp("tokens")))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """XLA crashes once a process has used up its memory maps, of which programs take several."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+        import gc
+
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
