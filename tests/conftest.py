@@ -122,6 +122,9 @@ def room_for_programs():
 
         import jax
 
+        from lorax.train import measure
+
+        measure._COMPILED.clear()
         jax.clear_caches()
         gc.collect()
 
