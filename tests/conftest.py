@@ -114,7 +114,7 @@ def tokens_apart(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """XLA crashes once a process has used up its memory maps, of which programs take several."""
+    """Compiled programs take several memory maps each, and a process has a limited number."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
