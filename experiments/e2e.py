@@ -28,7 +28,7 @@ from lorax.models import load_config, resolve_source
 from lorax.sweep import at_the_door, compose_trial, own_arguments, show_plan_if_asked
 from lorax.sweep.serial import run_and_tell
 from lorax.train.setup import prepare
-from lorax.train.trained import model_of, trained_part
+from lorax.train.trained import check_leaves_adapter, model_of, trained_part
 from lorax.trial_id import trial_dir
 
 # The paper's search, and the repeats that its code forbids.
@@ -46,8 +46,7 @@ def prompts_of(trial: TrialConfig, base: Path, meanings: Sequence[str]) -> list[
     Raises:
       LoraxError: one that is malformed, or too long for the model; or a trial without an adapter.
     """
-    if trial.train.mode != "lora":
-        raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
+    check_leaves_adapter(trial)
     prompts = [prompt_of(meaning) + separator_of(base) for meaning in meanings]
     tokenizer = data.load_tokenizer(base)
     longest = max(len(tokenizer.encode(prompt).ids) for prompt in prompts)

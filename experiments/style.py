@@ -33,7 +33,7 @@ from lorax.train.dataset import Dataset, load_dataset
 from lorax.train.evaluation import predict_all
 from lorax.train.metrics import perplexity
 from lorax.train.setup import Setup, check_trial, prepare
-from lorax.train.trained import model_of, trained_part
+from lorax.train.trained import check_leaves_adapter, model_of, trained_part
 from lorax.trial_id import trial_dir
 
 SAMPLES, PROMPT_TOKENS = 3, 24
@@ -49,8 +49,7 @@ def trial_of(text: Path, overrides: Sequence[str]) -> TrialConfig:
     if not text.is_file():
         raise LoraxError(f"data={str(text)!r}: no such file")
     trial = compose_trial("style", overrides, text, fixed=("sweep.name",))
-    if trial.train.mode != "lora":
-        raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
+    check_leaves_adapter(trial)
     name = f"style-{text.stem}-{str(trial.task.content)[:8]}"
     return replace(trial, sweep=replace(trial.sweep, name=name))
 

@@ -10,16 +10,17 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
+from lorax.data.packing import round_up
 from lorax.errors import LoraxError
 from lorax.generation.config import GenerationConfig, is_whole
 from lorax.generation.decode import Made, draw, search
 from lorax.generation.program import Options, Program
 from lorax.generation.prompts import (
+    BUCKET,
     batches,
     check_tokenizer,
     encode_prompts,
     power_of_two,
-    round_up,
 )
 from lorax.generation.text import Stops, cut, text_after
 from lorax.lora.nnx_model import LoraLayer
@@ -170,7 +171,7 @@ def _is_key(key: Any) -> bool:
 def _program(graphdef: Any, config: GenerationConfig) -> Program:
     return Program(
         graphdef,
-        room=round_up(config.max_new_tokens),
+        room=round_up(config.max_new_tokens, BUCKET),
         num_beams=config.num_beams,
         samples=config.temperature > 0,
         cuts=config.temperature > 0 and (config.top_k > 0 or config.top_p < 1),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from lorax.data.packing import round_up
 from lorax.data.tokenize import without_end
 from lorax.errors import LoraxError
 from lorax.generation.program import Prompts
@@ -93,7 +94,7 @@ def batches(ids: list[list[int]], batch_size: int, max_length: int) -> Iterator[
     order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
     for start in range(0, len(ids), rows):
         members = order[start : start + rows]
-        columns = min(round_up(max(len(ids[n]) for n in members)), max_length)
+        columns = min(round_up(max(len(ids[n]) for n in members), BUCKET), max_length)
         ids_BxP = np.zeros((rows, columns), np.int32)
         mask_BxP = np.zeros((rows, columns), np.int32)
         for row, n in enumerate(members):
@@ -102,15 +103,6 @@ def batches(ids: list[list[int]], batch_size: int, max_length: int) -> Iterator[
         row_B = np.array(members + [0] * (rows - len(members)), np.int32)
         arrays = ids_BxP, mask_BxP, row_B, np.arange(rows) < len(members)
         yield Prompts(*map(jnp.asarray, arrays))
-
-
-def round_up(length: int) -> int:
-    """The next multiple of `BUCKET`.
-
-    >>> round_up(1), round_up(32), round_up(33)
-    (32, 32, 64)
-    """
-    return -(-length // BUCKET) * BUCKET
 
 
 def power_of_two(count: int) -> int:

@@ -74,7 +74,9 @@ def _load_splits(
 
     def read(split_name: str, limit: int | None) -> data.Encoded:
         if task.kind == "causal_lm":
-            return data.subsample(_read_documents(config, split_name, base, tokenizer), limit)
+            return data.subsample(
+                _read_documents(config, split_name, base, tokenizer, content), limit
+            )
         examples = data.subsample(data.load_split(task, split_name, config.data_dir), limit)
         return data.encode_cached(tokenizer, content, examples, config.max_length, folder)
 
@@ -83,12 +85,14 @@ def _load_splits(
     return task, train, dev, _pad_id(tokenizer, source, revision, task)
 
 
-def _read_documents(config: TaskConfig, split: str, base: Path, tokenizer: Any) -> data.Encoded:
+def _read_documents(
+    config: TaskConfig, split: str, base: Path, tokenizer: Any, content: bytes
+) -> data.Encoded:
     """A split for a decoder: N documents, or the blocks of a text."""
     documents = data.load_documents(config.name, split, config.data_dir, base)
     return data.encode_documents_cached(
         tokenizer,
-        (base / "tokenizer.json").read_bytes(),
+        content,
         documents,
         config.max_length,
         data.token_dir(cache_root()),

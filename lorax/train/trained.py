@@ -12,6 +12,16 @@ from lorax.train.setup import Setup
 from lorax.trial_id import trial_dir
 
 
+def check_leaves_adapter(trial: TrialConfig) -> None:
+    """Refuses a trial whose model `trained_part` could not give.
+
+    Raises:
+      LoraxError: another mode than `lora`.
+    """
+    if trial.train.mode != "lora":
+        raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
+
+
 def trained_part(trial: TrialConfig, setup: Setup) -> Any:
     """What the best evaluation saw of a trial's adapter, in the place of what it started from.
 
@@ -22,8 +32,7 @@ def trained_part(trial: TrialConfig, setup: Setup) -> Any:
     Raises:
       LoraxError: another mode, or no adapter in the trial's directory.
     """
-    if trial.train.mode != "lora":
-        raise LoraxError(f"train.mode={trial.train.mode} leaves no adapter: take lora")
+    check_leaves_adapter(trial)
     leaves, _, _ = load_adapter(trial_dir(trial) / "adapter")
     return {**setup.trainable, "lora": lora_tree(leaves)}
 
