@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, refuse
 from lorax.interop.peft_config import check_config, read_spec, write_config
 from lorax.interop.peft_modules import as_module, by_name
 from lorax.interop.peft_names import (
@@ -30,7 +30,7 @@ from lorax.interop.peft_names import (
     module_of,
     parts_of,
 )
-from lorax.interop.peft_reader import WEIGHTS, Reader, refuse
+from lorax.interop.peft_reader import WEIGHTS, Reader
 from lorax.lora import LoraSpec, LoraTree
 from lorax.lora.paths import leaves_by_path
 from lorax.models.convert import hf_module, is_transposed

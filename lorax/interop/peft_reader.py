@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.errors import LoraxError
+from lorax.errors import refuse
 from lorax.interop.peft_fused import cut
 from lorax.interop.peft_names import PREFIX, WORDS, fused_part, module_of, name_of, parts_of
 from lorax.interop.peft_selection import rank_of, selects
@@ -17,7 +17,6 @@ from lorax.models.convert import is_transposed
 from lorax.models.families import family_of
 
 WEIGHTS = "adapter_model.safetensors"
-_SHOWN_FAULTS = 5
 log = logging.getLogger(__name__)
 
 
@@ -148,11 +147,3 @@ class Reader:
 def _is_spared(path: str) -> bool:
     """Whether `all-linear` of PEFT leaves it out: embeddings and the output layer."""
     return path.endswith(".embedding") or path.startswith(("head.out.", "lm_head."))
-
-
-def refuse(place: str, faults: list[str]) -> None:
-    """Raise a `LoraxError` of one line if there is any fault."""
-    if faults:
-        more = len(faults) - _SHOWN_FAULTS
-        shown = faults[:_SHOWN_FAULTS] + [f"and {more} more"] * (more > 0)
-        raise LoraxError(f"{place}: {'; '.join(shown)}")

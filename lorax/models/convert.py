@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, refuse
 from lorax.models.families import family_of
 from lorax.models.family import Rule, rule_of
 from lorax.models.weight import Shaped, Tensor, Weight
@@ -20,7 +20,6 @@ _TURNED = (".kernel", ".taps")  # outputs last; a convolution's window first
 _LEAVES |= {leaf.removeprefix("."): "weight" for leaf in _TURNED}
 # Norms of TensorFlow's time.
 _SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
-_SHOWN_FAULTS = 5
 
 
 def hf_module(path: str, model_type: str) -> str:
@@ -126,14 +125,8 @@ def find_weights(
             faults.append(f"{name} has shape {tuple(given[name].shape)}, expected {expected}")
     rest = sorted(given.keys() - used)
     faults += [f"unexpected {name}" for name in rest if not re.fullmatch(family.unneeded, name)]
-    if faults:
-        raise LoraxError(f"checkpoint does not fit {model_type}: {_summary(faults)}")
+    refuse(f"checkpoint does not fit {model_type}", faults)
     return found
-
-
-def _summary(faults: list[str]) -> str:
-    more = len(faults) - _SHOWN_FAULTS
-    return "; ".join(faults[:_SHOWN_FAULTS] + [f"and {more} more"] * (more > 0))
 
 
 def _absent_head_modules(
