@@ -91,6 +91,12 @@ class LlamaConfig:
             raise LoraxError(
                 f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
             )
+        for given in (self.rope.short, self.rope.long):
+            if given and len(given) != self.head_dim // 2:
+                raise LoraxError(
+                    f"config.json: rope_type='longrope' with {len(given)} factors for heads of "
+                    f"{self.head_dim // 2} frequencies"
+                )
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
 
@@ -118,8 +124,8 @@ class LlamaConfig:
 
     @property
     def max_length(self) -> int:
-        """Most tokens a sequence that the base was made for."""
-        return self.max_position_embeddings
+        """Most tokens a sequence that the base was made for, or is stretched to."""
+        return self.rope.reach(self.max_position_embeddings)
 
 
 def _windows(kind: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -332,7 +338,9 @@ class Decoder(nnx.Module):
         seen = columns(attention_mask_BxT, cache)
         if position_ids_BxT is None:
             position_ids_BxT = count_positions(attention_mask_BxT, cache)
-        rotation = self.config.rope.rotation(jnp.asarray(position_ids_BxT), self.config.head_dim)
+        rotation = self.config.rope.rotation(
+            jnp.asarray(position_ids_BxT), self.config.head_dim, seen.query
+        )
         masks = {window: seen.may_attend(window) for window in set(self.config.windows)}
         x_BxTxD, pasts = run_layers(
             self.layers,

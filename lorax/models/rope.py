@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorax.errors import LoraxError
+from lorax.models.rope_frequencies import FREQUENCIES, dynamic, longrope
 
 Rotation = tuple[jax.Array, jax.Array]
 # Kinds of rotary positions, and what config.json has to say of each.
@@ -22,7 +23,10 @@ _KINDS: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
     "llama3": {"factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"},
     "yarn": {"factor": "factor"},
+    "dynamic": {"factor": "factor"},
+    "longrope": {"short": "short_factor", "long": "long_factor"},
 }
+_BY_LENGTH = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,19 @@ class Rope:
       kind: `default`; `linear` divides positions by `factor`; `llama3` (Llama 3.1) does so for
         wavelengths above `original_length / low`, not below `original_length / high`, and goes
         over from one to the other between; `yarn` (Peng et al. 2023, arXiv:2309.00071) by the
-        turns that a frequency makes in `original_length`: below `low`, not above `high`.
+        turns that a frequency makes in `original_length`: below `low`, not above `high`;
+        `dynamic` raises the base of sequences longer than `original_length`; `longrope` (Ding et
+        al. 2024, arXiv:2402.13753) divides each frequency by a number of its own, another one in
+        these sequences. In both, a sequence's own length counts, not its neighbours' in a batch.
       theta: base of the wavelengths.
-      factor: of all kinds but the default.
+      factor: of all kinds but the default and longrope.
       low: `low_freq_factor`, or yarn's `beta_slow`.
       high: `high_freq_factor`, or yarn's `beta_fast`.
       original_length: tokens of a sequence before the stretching.
-      scale: on cosines and sines: yarn's `attention_factor`.
+      scale: on cosines and sines: `attention_factor` of yarn and longrope.
       truncate: yarn's limits are rounded to whole frequencies.
+      short: longrope's divisors of the F frequencies.
+      long: longrope's in sequences longer than `original_length`.
     """
 
     kind: str = "default"
@@ -51,6 +60,8 @@ class Rope:
     original_length: int = 8192
     scale: float = 1.0
     truncate: bool = True
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
@@ -71,63 +82,81 @@ class Rope:
         needed = _KINDS[kind]
         if absent := [name for name in needed.values() if given.get(name) is None]:
             raise LoraxError(f"config.json: rope_type={kind!r} without {', '.join(absent)}")
-        numbers: dict[str, Any] = {field: float(given[name]) for field, name in needed.items()}
+        numbers: dict[str, Any] = {field: _number(given[name]) for field, name in needed.items()}
         rope = cls(kind, theta, **numbers)
         if kind in ("default", "linear"):
             return rope
-        name = "original_max_position_embeddings"
-        length = config.get(name) or given.get(name) or config.get("max_position_embeddings", 2048)
+        length = most = config.get("max_position_embeddings", 2048)
+        if kind != "dynamic":
+            name = "original_max_position_embeddings"
+            length = config.get(name) or given.get(name) or most
         rope = dataclasses.replace(rope, original_length=length)
-        return rope if kind == "llama3" else dataclasses.replace(rope, **_yarn(given))
+        if kind == "yarn":
+            return dataclasses.replace(rope, **_yarn(given))
+        if kind == "longrope":
+            return dataclasses.replace(rope, scale=_longrope_scale(given, most, length))
+        return rope
 
-    def rotation(self, positions_BxT: jax.Array, width: int) -> Rotation:
-        """Cosines and sines, (B, T, 1, F) each, in float32; `width` is K."""
-        positions_BxTx1x1 = positions_BxT.astype(jnp.float32)[:, :, None, None]
-        frequencies_F = jnp.asarray(self.frequencies(width))
-        angles_BxTx1xF = positions_BxTx1x1 * frequencies_F[None, None, None]
+    def rotation(
+        self, positions_BxT: jax.Array, width: int, sequences_BxT: jax.Array | None = None
+    ) -> Rotation:
+        """Cosines and sines, (B, T, 1, F) each, in float32.
+
+        Args:
+          positions_BxT: int positions in each sequence, from 0.
+          width: K.
+          sequences_BxT: which sequence of its row a token is of, for kinds that turn by a
+            sequence's length, which is that of its last token here; None: a sequence a row.
+        """
+        frequencies_BxTx1xF = self._frequencies(positions_BxT, width, sequences_BxT)
+        angles_BxTx1xF = positions_BxT.astype(jnp.float32)[:, :, None, None] * frequencies_BxTx1xF
         rotation = jnp.cos(angles_BxTx1xF), jnp.sin(angles_BxTx1xF)
         return rotation if self.scale == 1 else (self.scale * rotation[0], self.scale * rotation[1])
 
+    def _frequencies(
+        self, positions_BxT: jax.Array, width: int, sequences_BxT: jax.Array | None
+    ) -> jax.Array:
+        """Radians a position: (B, T, 1, F), or (1, 1, 1, F) where lengths do not count."""
+        plain_1x1x1xF = jnp.asarray(self.frequencies(width))[None, None, None]
+        if self.kind not in _BY_LENGTH:
+            return plain_1x1x1xF
+        if sequences_BxT is None:
+            sequences_BxT = jnp.zeros_like(positions_BxT)
+        lengths_BxTx1x1 = _lengths(positions_BxT, sequences_BxT)[:, :, None, None]
+        if self.kind == "dynamic":
+            return dynamic(self, lengths_BxTx1x1, width)
+        long_1x1x1xF = jnp.asarray(longrope(self, width, self.long))[None, None, None]
+        return jnp.where(lengths_BxTx1x1 > self.original_length, long_1x1x1xF, plain_1x1x1xF)
+
     def frequencies(self, width: int) -> np.ndarray:
-        """(F,) radians a position, in the steps of transformers, which are float32.
+        """(F,) radians a position, of sequences not longer than `original_length`."""
+        return FREQUENCIES[self.kind](self, width)
 
-        Powers are rounded once, as PyTorch's mostly are: the last bit, times a position of some
-        ten thousands, is another angle.
-        """
-        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-        powers = np.power(np.float64(self.theta), exponents.astype(np.float64)).astype(np.float32)
-        plain_F = np.float32(1) / powers
-        if self.kind == "linear":
-            return plain_F / np.float32(self.factor)
-        if self.kind == "llama3":
-            return self._llama3(plain_F)
-        return self._yarn(powers, width) if self.kind == "yarn" else plain_F
+    def reach(self, max_positions: int) -> int:
+        """Most tokens a sequence, of a model whose `max_position_embeddings` is this."""
+        if self.kind in ("linear", "dynamic"):
+            return int(self.factor * max_positions)
+        if self.kind == "yarn":
+            return max(max_positions, int(self.factor * self.original_length))
+        return max_positions
 
-    def _llama3(self, plain_F: np.ndarray) -> np.ndarray:
-        length, low, high, factor = self.original_length, self.low, self.high, self.factor
-        waves_F = np.float32(2 * np.pi) / plain_F
-        stretched_F = np.where(waves_F > length / low, plain_F / np.float32(factor), plain_F)
-        share_F = (np.float32(length) / waves_F - np.float32(low)) / np.float32(high - low)
-        mixed_F = (1 - share_F) * stretched_F / np.float32(factor) + share_F * stretched_F
-        is_between_F = (waves_F >= length / high) & (waves_F <= length / low)
-        return np.where(is_between_F, mixed_F, stretched_F)
 
-    def _yarn(self, powers_F: np.ndarray, width: int) -> np.ndarray:
-        def index_of(turns: float) -> float:
-            """Which frequency makes so many turns."""
-            length = self.original_length / (turns * 2 * math.pi)
-            return width * math.log(length) / (2 * math.log(self.theta))
+def _number(given: Any) -> Any:
+    return tuple(map(float, given)) if isinstance(given, list | tuple) else float(given)
 
-        first, last = index_of(self.high), index_of(self.low)
-        if self.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, width - 1)
-        last += 0.001 if first == last else 0
-        indices_F = np.arange(width // 2, dtype=np.float32)
-        ramp_F = np.clip((indices_F - np.float32(first)) / np.float32(last - first), 0, 1)
-        stretched_F = np.float32(1) / (np.float32(self.factor) * powers_F)
-        keep_F = (1 - ramp_F).astype(np.float32)
-        return stretched_F * (1 - keep_F) + np.float32(1) / powers_F * keep_F
+
+def _lengths(positions_BxT: jax.Array, sequences_BxT: jax.Array) -> jax.Array:
+    """(B, T): tokens of each token's sequence, up to its last one here."""
+    is_same_BxTxT = sequences_BxT[:, :, None] == sequences_BxT[:, None, :]
+    return jnp.where(is_same_BxTxT, positions_BxT[:, None, :], 0).max(2) + 1
+
+
+def _longrope_scale(given: Mapping[str, Any], most: int, length: int) -> float:
+    """What `rope_parameters` say, or the paper's value."""
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    factor = float(given.get("factor") or most / length)
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
 
 
 def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,24 +7,13 @@ from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
 from lorax.models.llama import FAMILIES, LlamaConfig
-from lorax.models.rope import Rope
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 VARIANTS = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
     ("llama", {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": True}),
     ("llama", {"num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-3}),
-    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}}),
-    ("llama", {"rope_parameters": LLAMA3}),
     ("mistral", {"sliding_window": None}),
     ("mistral", {"sliding_window": 3, "head_dim": 8}),
     ("qwen2", {}),
@@ -48,65 +37,6 @@ def test_logits_equal_transformers(tmp_path, variant, side):
     np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-def test_long_positions_equal_transformers(tmp_path, kind):
-    rope = LLAMA3 | {"rope_type": kind, "original_max_position_embeddings": 2048}
-    options = {"head_dim": 64, "max_position_embeddings": 16384, "rope_parameters": rope}
-    model = write_lm(tmp_path, "llama", **options)
-    ids, mask = ragged(lengths=(400,))
-    positions = np.sort(np.random.default_rng(0).choice(16384, (1, 400), replace=False))
-    want = torch_logits(model, ids, mask, positions).detach().numpy()
-    got = load_lm(tmp_path)(ids, mask, position_ids_BxT=positions.astype(np.int32))
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_frequencies_equal_transformers(model_type):
-    modeling = pytest.importorskip("transformers.modeling_rope_utils")
-    transformers = pytest.importorskip("transformers")
-    rope = LLAMA3 | {"original_max_position_embeddings": 8192}
-    config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": rope})
-    want, scale = modeling.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    assert scale == 1
-    got = Rope.from_hf({"rope_parameters": rope, "model_type": model_type}).frequencies(128)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, want.numpy(), rtol=3e-7)
-
-
-@pytest.mark.parametrize("length", [64, 4096])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"attention_factor": 1.3},
-        {"mscale": 0.7, "mscale_all_dim": 1.2},
-        {"beta_fast": 16.0, "beta_slow": 2.0},
-        {"truncate": False},
-        {"beta_fast": 1.0, "beta_slow": 1.0},
-        {"factor": 0.5},
-    ],
-)
-def test_yarn_equals_transformers(options, length):
-    modeling = pytest.importorskip("transformers.modeling_rope_utils")
-    transformers = pytest.importorskip("transformers")
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, **options}
-    rope["original_max_position_embeddings"] = length
-    config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": rope})
-    want, scale = modeling.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    ours = Rope.from_hf({"rope_parameters": rope})
-    assert ours.scale == pytest.approx(scale, rel=1e-12)
-    np.testing.assert_allclose(ours.frequencies(128), want.numpy(), rtol=3e-7)
-
-
-def test_old_names_of_rotary_options_are_read():
-    old = {k: v for k, v in LLAMA3.items() if k not in ("rope_type", "rope_theta")}
-    for name in ("rope_type", "type"):
-        given = {"rope_theta": 5e5, "rope_scaling": old | {name: "llama3"}}
-        assert Rope.from_hf(given) == Rope.from_hf({"rope_parameters": LLAMA3})
-    assert Rope.from_hf({"rope_scaling": None, "rope_theta": 1e6}) == Rope(theta=1e6)
-    assert Rope.from_hf({}) == Rope()
-
-
 def test_absent_options_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
     sizes = {k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads")}
@@ -122,13 +52,7 @@ def test_absent_options_are_those_of_transformers():
     [
         ("model_type", "gemma"),
         ("hidden_act", "swiglu"),
-        ("rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}),
-        ("factor", {"rope_scaling": {"rope_type": "yarn"}}),
-        ("rope_type", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
-        ("rope_type", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
-        ("factor", {"rope_scaling": {"type": "linear"}}),
         ("partial_rotary_factor", 0.5),
-        ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
         ("num_key_value_heads", 3),
     ],
 )

@@ -1,0 +1,176 @@
+"""Rotary positions of every kind against transformers, and what a sequence's length changes."""
+
+import numpy as np
+import pytest
+from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
+
+from lorax.errors import LoraxError
+from lorax.models.llama import LlamaConfig
+from lorax.models.rope import Rope
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
+# Of 6 tokens a head, made for 5 tokens, so that rows of 9 and 7 tokens of `ragged` are long.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "original_max_position_embeddings": 5,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 3.0, 7.0],
+}
+FACTORS = {"short_factor": 2.0, "long_factor": 30.0}
+BY_LENGTH = [
+    {"rope_parameters": DYNAMIC, "max_position_embeddings": 5},
+    {"rope_parameters": LONGROPE},
+    {"rope_parameters": LONGROPE | {"factor": 3.0}},
+    {"rope_parameters": LONGROPE | {"attention_factor": 1.4}},
+]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("rope", [LINEAR, LLAMA3])
+def test_logits_equal_transformers(tmp_path, rope, side):
+    model = write_lm(tmp_path, rope_parameters=rope)
+    ids, mask = ragged(side)
+    want = torch_logits(model, ids, mask).detach().numpy()
+    real = mask.astype(bool)
+    np.testing.assert_allclose(load_lm(tmp_path)(ids, mask)[real], want[real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("options", BY_LENGTH)
+def test_each_row_turns_by_its_own_length(tmp_path, options, side):
+    write_lm(tmp_path, **options)
+    ids, mask = ragged(side)
+    got, real = load_lm(tmp_path)(ids, mask), mask.astype(bool)
+    for row in range(len(ids)):
+        # Another model each time, as theirs remembers the longest sequence that it has seen.
+        theirs = write_lm(tmp_path, **options)
+        alone = ids[row, real[row]][None]
+        want = torch_logits(theirs, alone, np.ones_like(alone)).detach().numpy()[0]
+        np.testing.assert_allclose(got[row, real[row]], want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", BY_LENGTH)
+def test_sequences_of_one_row_turn_by_their_own_lengths(tmp_path, options):
+    write_lm(tmp_path, **options)
+    model, (ids, mask) = load_lm(tmp_path), ragged(lengths=(9, 4, 7))
+    want, real = model(ids, mask), mask.astype(bool)
+    numbers, positions = np.arange(1, 4)[:, None] * mask, np.cumsum(mask, 1) - 1
+    ids, numbers, positions = (x[real][None] for x in (ids, numbers, positions))
+    got = model(ids, numbers, position_ids_BxT=positions)
+    np.testing.assert_allclose(got[0], want[real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", BY_LENGTH)
+def test_generation_equals_transformers_across_the_length(tmp_path, options):
+    from generation_helpers import ids_of, prompts_of, reference
+
+    from lorax.generation import GenerationConfig, generate
+
+    new = 9 if "max_position_embeddings" in options else 12
+    theirs = write_lm(tmp_path, **options)
+    ids, mask = ragged("left", lengths=(3,))
+    want, _ = reference(theirs, ids, mask, new=new)
+    made = generate(load_lm(tmp_path), prompts_of(ids, mask), GenerationConfig(max_new_tokens=new))
+    assert ids_of(made) == want
+
+
+def test_models_reach_as_far_as_they_are_stretched():
+    def reach(**given):
+        return LlamaConfig.from_hf({"model_type": "llama", **LLAMA, **given}).max_length
+
+    assert reach() == 64
+    assert reach(rope_scaling={"type": "dynamic", "factor": 2.0}) == 128
+    assert reach(rope_scaling={"type": "linear", "factor": 2.5}) == 160
+    assert reach(rope_parameters=LLAMA3) == 64
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    assert reach(rope_parameters=yarn) == 256
+    assert reach(rope_parameters=yarn, max_position_embeddings=512) == 512
+    assert reach(rope_parameters=LONGROPE) == 64
+
+
+@pytest.mark.parametrize(
+    ("named", "rope"),
+    [
+        ("rope_type='proportional'", {"rope_type": "proportional"}),
+        ("without short_factor, long_factor", {"rope_type": "longrope", "factor": 2.0}),
+        ("with 2 factors for heads of 3", LONGROPE | {"long_factor": [1.0, 2.0]}),
+        ("without factor", {"type": "dynamic"}),
+        ("without factor", {"type": "linear"}),
+        ("without factor", {"rope_type": "yarn"}),
+        ("one for each kind of layer", {"full_attention": {"rope_type": "default"}}),
+        ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(named, rope):
+    with pytest.raises(LoraxError, match=named):
+        LlamaConfig.from_hf({"model_type": "llama", **LLAMA, "rope_parameters": rope})
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", "dynamic", "longrope"])
+def test_long_positions_equal_transformers(tmp_path, kind):
+    rope = LLAMA3 | {"rope_type": kind, "original_max_position_embeddings": 2048}
+    rope |= {name: list(np.linspace(1, most, 32)) for name, most in FACTORS.items()}
+    options = {"head_dim": 64, "max_position_embeddings": 16384, "rope_parameters": rope}
+    model = write_lm(tmp_path, "llama", **options)
+    ids, mask = ragged(lengths=(400,))
+    positions = np.sort(np.random.default_rng(0).choice(16384, (1, 400), replace=False))
+    want = torch_logits(model, ids, mask, positions).detach().numpy()
+    got = load_lm(tmp_path)(ids, mask, position_ids_BxT=positions.astype(np.int32))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_frequencies_equal_transformers(model_type):
+    modeling = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    rope = LLAMA3 | {"original_max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": rope})
+    want, scale = modeling.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    assert scale == 1
+    got = Rope.from_hf({"rope_parameters": rope, "model_type": model_type}).frequencies(128)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, want.numpy(), rtol=3e-7)
+
+
+@pytest.mark.parametrize("length", [64, 4096])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attention_factor": 1.3},
+        {"mscale": 0.7, "mscale_all_dim": 1.2},
+        {"beta_fast": 16.0, "beta_slow": 2.0},
+        {"truncate": False},
+        {"beta_fast": 1.0, "beta_slow": 1.0},
+        {"factor": 0.5},
+    ],
+)
+def test_yarn_equals_transformers(options, length):
+    modeling = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers = pytest.importorskip("transformers")
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, **options}
+    rope["original_max_position_embeddings"] = length
+    config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128, "rope_parameters": rope})
+    want, scale = modeling.ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    ours = Rope.from_hf({"rope_parameters": rope})
+    assert ours.scale == pytest.approx(scale, rel=1e-12)
+    np.testing.assert_allclose(ours.frequencies(128), want.numpy(), rtol=3e-7)
+
+
+def test_old_names_of_rotary_options_are_read():
+    old = {k: v for k, v in LLAMA3.items() if k not in ("rope_type", "rope_theta")}
+    for name in ("rope_type", "type"):
+        given = {"rope_theta": 5e5, "rope_scaling": old | {name: "llama3"}}
+        assert Rope.from_hf(given) == Rope.from_hf({"rope_parameters": LLAMA3})
+    assert Rope.from_hf({"rope_scaling": None, "rope_theta": 1e6}) == Rope(theta=1e6)
+    assert Rope.from_hf({}) == Rope()
