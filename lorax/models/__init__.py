@@ -1,10 +1,11 @@
 """Flax NNX encoders and decoders, and the checkpoints they load."""
 
-from lorax.models.bert import BertConfig, Encoder
+from lorax.models.bert import BertConfig
 from lorax.models.build import abstract_model, load_config
 from lorax.models.causal_lm import CausalLM, KVCache
 from lorax.models.classifier import Head, SequenceClassifier
 from lorax.models.convert import convert, hf_module, is_transposed
+from lorax.models.encoder import Encoder
 from lorax.models.families import DECODERS, ENCODERS, FAMILIES, family_of
 from lorax.models.family import dropout_rates
 from lorax.models.hub import load_checkpoint, resolve_source

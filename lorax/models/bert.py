@@ -1,7 +1,4 @@
-"""BERT, RoBERTa (with XLM-R and CamemBERT), ELECTRA and DistilBERT encoders, in Flax NNX.
-
-Shapes in names: B rows, T tokens, S attended tokens (= T), D width, H heads, K width of a head.
-"""
+"""BERT, RoBERTa (with XLM-R and CamemBERT), ELECTRA and DistilBERT encoders: configs and names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,15 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from jax.typing import DTypeLike
 
-from lorax.errors import LoraxError
-from lorax.models.attention import attend, check_attention
-from lorax.models.family import Family, Pooler, Rule, read_config
-from lorax.models.functions import ACTIVATIONS, dropout
-from lorax.models.layers import Maker, PostNormMlp, may_attend, split_heads
-from lorax.models.reading import FirstTokens
+from lorax.models.encoder import Encoder
+from lorax.models.family import Family, Pooler, Rule, check_heads, read_config
+from lorax.models.functions import ACTIVATIONS
 
 # Options of a Hugging Face config that change the computation, and the values served here.
 _SERVED: dict[str, tuple[Any, ...]] = {
@@ -68,9 +60,7 @@ class BertConfig:
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
-        width, heads = self.hidden_size, self.num_attention_heads
-        if width % heads:
-            raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+        check_heads(self)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
@@ -102,192 +92,6 @@ class BertConfig:
     def max_length(self) -> int:
         """The longest sequence, in tokens, that has position embeddings."""
         return self.max_position_embeddings - self.first_position
-
-
-class Embeddings(nnx.Module):
-    """Word, position and token-type embeddings, summed and normalised."""
-
-    def __init__(self, config: BertConfig, make: Maker):
-        self.config = config
-        width = config.embedding_size or config.hidden_size
-        self.word = make.embed(config.vocab_size, width)
-        self.position = make.embed(config.max_position_embeddings, width)
-        if config.type_vocab_size:
-            self.token_type = make.embed(config.type_vocab_size, width)
-        self.norm = make.norm(width, eps=config.layer_norm_eps)
-        if width != config.hidden_size:
-            self.project = make.linear(width, config.hidden_size)
-
-    def _positions(self, ids_BxT: jax.Array) -> jax.Array:
-        """Of a sequence a row, as rows of the table."""
-        if ids_BxT.shape[1] > (longest := self.config.max_length):
-            raise LoraxError(
-                f"sequence of {ids_BxT.shape[1]} tokens: this model has {longest} positions; "
-                f"set task.max_length to {longest} or less"
-            )
-        if self.config.first_position:
-            real_BxT = (ids_BxT != self.config.pad_token_id).astype(jnp.int32)
-            return jnp.cumsum(real_BxT, axis=1) * real_BxT + self.config.pad_token_id
-        return jnp.broadcast_to(jnp.arange(ids_BxT.shape[1])[None], ids_BxT.shape)
-
-    def __call__(
-        self,
-        ids_BxT: jax.Array,
-        types_BxT: jax.Array | None,
-        positions_BxT: jax.Array | None,
-        rngs: nnx.Rngs | None = None,
-    ) -> jax.Array:
-        """Looks up token ids, token types (None: all 0) and positions; returns (B, T, D)."""
-        if positions_BxT is None:
-            places_BxT = self._positions(ids_BxT)
-        else:
-            places_BxT = positions_BxT + self.config.first_position
-        x_BxTxD = self.word(ids_BxT).astype(jnp.float32)
-        if self.config.type_vocab_size:
-            types_BxT = jnp.zeros_like(ids_BxT) if types_BxT is None else types_BxT
-            x_BxTxD += self.token_type(types_BxT).astype(jnp.float32)
-        x_BxTxD += self.position(places_BxT).astype(jnp.float32)
-        x_BxTxD = dropout(self.norm(x_BxTxD), self.config.hidden_dropout_prob, rngs)
-        if self.config.embedding_size in (None, self.config.hidden_size):
-            return x_BxTxD
-        return self.project(x_BxTxD).astype(x_BxTxD.dtype)
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention with its residual connection and post-norm."""
-
-    def __init__(self, config: BertConfig, implementation: str, make: Maker):
-        self.config, self.implementation = config, implementation
-        width = config.hidden_size
-        self.query = make.linear(width, width)
-        self.key = make.linear(width, width)
-        self.value = make.linear(width, width)
-        self.out = make.linear(width, width)
-        self.norm = make.norm(width, eps=config.layer_norm_eps)
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxTxS: jax.Array,
-        rngs: nnx.Rngs | None = None,
-        only: FirstTokens | None = None,
-    ) -> jax.Array:
-        """Mixes tokens along the attended ones of a bool mask; the shape stays, or is `only`'s."""
-        heads, implementation = self.config.num_attention_heads, self.implementation
-        asked_BxTxD = x_BxTxD
-        k_BxSxHxK = split_heads(self.key(x_BxTxD), heads)
-        v_BxSxHxK = split_heads(self.value(x_BxTxD), heads)
-        if only is not None:
-            asked_BxTxD, mask_BxTxS = only.tokens(x_BxTxD), only.tokens(mask_BxTxS)
-            k_BxSxHxK, v_BxSxHxK = only.rows(k_BxSxHxK), only.rows(v_BxSxHxK)
-            implementation = "einsum"  # fused kernels are not made for one query
-        y_BxTxHxK = attend(
-            split_heads(self.query(asked_BxTxD), heads),
-            k_BxSxHxK,
-            v_BxSxHxK,
-            mask_BxTxS,
-            implementation=implementation,
-            dropout_rate=self.config.attention_probs_dropout_prob,
-            rngs=rngs,
-        )
-        y_BxTxD = self.out(y_BxTxHxK.reshape(asked_BxTxD.shape))
-        return self.norm(asked_BxTxD + dropout(y_BxTxD, self.config.hidden_dropout_prob, rngs))
-
-
-class Layer(nnx.Module):
-    """One transformer block."""
-
-    def __init__(self, config: BertConfig, implementation: str, make: Maker):
-        self.attention = Attention(config, implementation, make)
-        self.mlp = PostNormMlp(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.hidden_act,
-            rate=config.hidden_dropout_prob,
-            eps=config.layer_norm_eps,
-            make=make,
-        )
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxTxS: jax.Array,
-        rngs: nnx.Rngs | None = None,
-        only: FirstTokens | None = None,
-    ) -> jax.Array:
-        """Attention, then feed-forward; the shape stays, or is `only`'s: (N, 1, D)."""
-        return self.mlp(self.attention(x_BxTxD, mask_BxTxS, rngs, only), rngs)
-
-
-class Encoder(nnx.Module):
-    """An encoder of BERT's kind without a head.
-
-    Args:
-      config: the architecture.
-      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
-        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
-      dtype: of matrix products and activations; LayerNorm statistics and softmax are float32.
-      param_dtype: of the stored parameters.
-      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
-      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
-
-    Raises:
-      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
-    """
-
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        attention: str = "einsum",
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        check_attention(attention, config.attention_probs_dropout_prob)
-        make = Maker(dtype, param_dtype, rngs)
-        self.config, self.remat = config, remat
-        self.embeddings = Embeddings(config, make)
-        self.layers = nnx.List(
-            [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
-        )
-
-    def __call__(
-        self,
-        input_ids_BxT: jax.Array,
-        attention_mask_BxT: jax.Array,
-        token_type_ids_BxT: jax.Array | None = None,
-        *,
-        position_ids_BxT: jax.Array | None = None,
-        only: FirstTokens | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> jax.Array:
-        """Encodes a batch, a sequence a row, or several.
-
-        Args:
-          input_ids_BxT: int token ids, padded on either side.
-          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
-            number: 1 where a row is one sequence; else sequences are numbered.
-          token_type_ids_BxT: int token types; None means all 0. A model without them has no use
-            for them.
-          position_ids_BxT: int positions in each sequence, from 0; None: a sequence a row.
-          only: what is read of the last layer, if not all: it computes no more than that.
-          rngs: stream `dropout` turns dropout on; None is deterministic.
-
-        Returns:
-          Hidden states of shape (B, T, D), or (N, 1, D) for `only`, in the compute dtype.
-
-        Raises:
-          LoraxError: without `position_ids_BxT`, T exceeds the model's positions.
-        """
-        x_BxTxD = self.embeddings(input_ids_BxT, token_type_ids_BxT, position_ids_BxT, rngs)
-        mask_BxTxS = may_attend(attention_mask_BxT)
-        call = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
-        *layers, last = self.layers
-        for layer in layers:
-            x_BxTxD = call(layer, x_BxTxD, mask_BxTxS, rngs)
-        return call(last, x_BxTxD, mask_BxTxS, rngs, only)
 
 
 _LAYER = r"encoder\.layers\.(\d+)"

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
+from lorax.models.attention import attend
 
 
 class KVCache(NamedTuple):
@@ -134,38 +135,36 @@ class WordTable(nnx.Embed):
         return jnp.einsum("...d,vd->...v", query, table_VxD, preferred_element_type=jnp.float32)
 
 
-def run_layers(
-    layers: Any,
-    x_BxTxD: jax.Array,
-    masks: list[jax.Array],
-    rotation: Any,
-    cache: KVCache | None,
+def attend_to_past(
+    q_BxTxHxK: jax.Array,
+    k_BxTxHxK: jax.Array,
+    v_BxTxHxK: jax.Array,
+    mask_BxTxS: jax.Array,
+    past: Past | None,
     *,
-    rngs: nnx.Rngs | None,
-    remat: bool,
-) -> tuple[jax.Array, list[Past]]:
-    """Runs blocks called as (x, mask, rotation, past, rngs) -> (x, past).
+    implementation: str,
+    **options: Any,
+) -> tuple[jax.Array, Past | None]:
+    """`attend` over the columns of a call, or those of the cache with them; and the cache's share.
 
     Args:
-      layers: the blocks, all of one class.
-      x_BxTxD: embeddings.
-      masks: of each block, (B, T, S).
-      rotation: what turns queries and keys; None where positions are embedded.
-      cache: of the columns before; None: there are none.
-      rngs: stream `dropout` turns dropout on.
-      remat: compute each block once more in the backward pass.
-
-    Returns:
-      The last block's output and each block's past, none without a cache.
+      q_BxTxHxK: queries.
+      k_BxTxHxK: keys of the call.
+      v_BxTxHxK: values of the call.
+      mask_BxTxS: where to attend.
+      past: the layer's share of a cache; None: there is none.
+      implementation: without a cache; fused kernels are not made for one query.
+      options: of `attend`.
     """
-    call = type(layers[0]).__call__
-    call = nnx.remat(call) if remat else call
-    pasts: list[Past] = []
-    for n, (layer, mask_BxTxS) in enumerate(zip(layers, masks, strict=True)):
-        past = None if cache is None else Past(cache.keys[n], cache.values[n], cache.next)
-        x_BxTxD, past = call(layer, x_BxTxD, mask_BxTxS, rotation, past, rngs)
-        pasts += [] if past is None else [past]
-    return x_BxTxD, pasts
+    if past is None:
+        k_BxSxHxK, v_BxSxHxK = k_BxTxHxK, v_BxTxHxK
+    else:
+        past, implementation = past.extended(k_BxTxHxK, v_BxTxHxK), "einsum"
+        k_BxSxHxK, v_BxSxHxK = (x.astype(q_BxTxHxK.dtype) for x in past[:2])
+    y_BxTxHxK = attend(
+        q_BxTxHxK, k_BxSxHxK, v_BxSxHxK, mask_BxTxS, implementation=implementation, **options
+    )
+    return y_BxTxHxK, past
 
 
 def grown(pasts: list[Past], seen: Columns) -> KVCache:

@@ -16,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
-from lorax.models.attention import attend, check_attention
+from lorax.models import encoder
 from lorax.models.deberta_conv import CONV_ACTIVATIONS, Conv
-from lorax.models.family import Family, Pooler, Rule, read_config
+from lorax.models.family import Family, Pooler, Rule, check_heads, read_config
 from lorax.models.functions import ACTIVATIONS, dropout
-from lorax.models.layers import Maker, PostNormMlp, split_heads
+from lorax.models.layers import Maker, check_length, split_heads
 from lorax.models.reading import FirstTokens
 
 # Options of a Hugging Face config that change the computation, and the values served here.
@@ -86,9 +85,7 @@ class DebertaConfig:
     classifier_dropout: float | None = None
 
     def __post_init__(self) -> None:
-        width, heads = self.hidden_size, self.num_attention_heads
-        if width % heads:
-            raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+        check_heads(self)
         if (window := self.conv_kernel_size) and window % 2 == 0:
             raise LoraxError(f"config.json: conv_kernel_size={window} is no odd number")
 
@@ -217,68 +214,32 @@ def relative_rows(config: DebertaConfig, positions_BxT: jax.Array) -> jax.Array:
     return jnp.clip(rows_BxTxS, 0, 2 * config.span - 1)
 
 
-class Attention(nnx.Module):
-    """Disentangled self-attention with its residual connection and post-norm."""
+class Attention(encoder.Attention):
+    """Disentangled self-attention."""
 
     def __init__(self, config: DebertaConfig, implementation: str, make: Maker):
-        self.config, self.implementation = config, implementation
+        super().__init__(config, implementation, make)
+        self.scale = config.attention_scale
         width = config.hidden_size
-        self.query = make.linear(width, width)
-        self.key = make.linear(width, width)
-        self.value = make.linear(width, width)
         if config.uses("c2p") and not config.share_att_key:
             self.pos_key = make.linear(width, width)
         if config.uses("p2c") and not config.share_att_key:
             self.pos_query = make.linear(width, width)
-        self.out = make.linear(width, width)
-        self.norm = make.norm(width, eps=config.layer_norm_eps)
 
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxTxS: jax.Array,
-        relative: Relative | None,
-        rngs: nnx.Rngs | None = None,
-        only: FirstTokens | None = None,
-    ) -> jax.Array:
-        """Mixes tokens along the attended ones of a bool mask; the shape stays, or is `only`'s."""
-        heads, implementation = self.config.num_attention_heads, self.implementation
-        asked_BxTxD = x_BxTxD
-        k_BxSxHxK = split_heads(self.key(x_BxTxD), heads)
-        v_BxSxHxK = split_heads(self.value(x_BxTxD), heads)
-        if only is not None:
-            asked_BxTxD, mask_BxTxS = only.tokens(x_BxTxD), only.tokens(mask_BxTxS)
-            k_BxSxHxK, v_BxSxHxK = only.rows(k_BxSxHxK), only.rows(v_BxSxHxK)
-            if relative is not None:
-                relative = relative._replace(rows=only.tokens(relative.rows))
-            implementation = "einsum"  # fused kernels are not made for one query
-        q_BxTxHxK = split_heads(self.query(asked_BxTxD), heads)
-        y_BxTxHxK = attend(
-            q_BxTxHxK,
-            k_BxSxHxK,
-            v_BxSxHxK,
-            mask_BxTxS,
-            bias_BxHxTxS=self._bias(q_BxTxHxK, k_BxSxHxK, relative, rngs),
-            scale=self.config.attention_scale,
-            implementation=implementation,
-            dropout_rate=self.config.attention_probs_dropout_prob,
-            rngs=rngs,
-        )
-        y_BxTxD = self.out(y_BxTxHxK.reshape(asked_BxTxD.shape))
-        return self.norm(asked_BxTxD + dropout(y_BxTxD, self.config.hidden_dropout_prob, rngs))
-
-    def _bias(
+    def bias(
         self,
         q_BxTxHxK: jax.Array,
         k_BxSxHxK: jax.Array,
-        relative: Relative | None,
+        relation: Relative | None,
+        only: FirstTokens | None,
         rngs: nnx.Rngs | None,
     ) -> jax.Array | None:
         """What relative positions add to the logits: (B, H, T, S); None: nothing."""
-        if relative is None:
+        if relation is None:
             return None
-        config, rows_BxTxS = self.config, relative.rows
-        table_1xRxD = dropout(relative.table, config.hidden_dropout_prob, rngs)
+        config, rows_BxTxS = self.config, relation.rows
+        rows_BxTxS = rows_BxTxS if only is None else only.tokens(rows_BxTxS)
+        table_1xRxD = dropout(relation.table, config.hidden_dropout_prob, rngs)
         parts = []
         if config.uses("c2p"):
             positions = self.key if config.share_att_key else self.pos_key
@@ -299,33 +260,7 @@ class Attention(nnx.Module):
         return jnp.take_along_axis(all_BxHxTxR, rows_BxTxS[:, None], axis=3, mode="clip")
 
 
-class Layer(nnx.Module):
-    """One transformer block."""
-
-    def __init__(self, config: DebertaConfig, implementation: str, make: Maker):
-        self.attention = Attention(config, implementation, make)
-        self.mlp = PostNormMlp(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.hidden_act,
-            rate=config.hidden_dropout_prob,
-            eps=config.layer_norm_eps,
-            make=make,
-        )
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxTxS: jax.Array,
-        relative: Relative | None,
-        rngs: nnx.Rngs | None = None,
-        only: FirstTokens | None = None,
-    ) -> jax.Array:
-        """Attention, then feed-forward; the shape stays, or is `only`'s: (N, 1, D)."""
-        return self.mlp(self.attention(x_BxTxD, mask_BxTxS, relative, rngs, only), rngs)
-
-
-def _may_attend(mask_BxT: jax.Array) -> jax.Array:
+def may_attend(mask_BxT: jax.Array) -> jax.Array:
     """(B, T, S): to its own sequence's tokens; padding, as in transformers, to none.
 
     What padding gets is then the mean over the row. A head reads that of rows padded on the left.
@@ -334,43 +269,19 @@ def _may_attend(mask_BxT: jax.Array) -> jax.Array:
     return (key_Bx1xS != 0) & (query_BxTx1 == key_Bx1xS)
 
 
-class Encoder(nnx.Module):
-    """A DeBERTa-v2 encoder without a head.
+class Encoder(encoder.Encoder):
+    """A DeBERTa-v2 encoder without a head; see `lorax.models.encoder.Encoder`."""
 
-    Args:
-      config: the architecture.
-      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
-        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
-      dtype: of matrix products and activations; LayerNorm statistics and softmax are float32.
-      param_dtype: of the stored parameters.
-      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
-      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
+    attention_class = Attention
 
-    Raises:
-      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
-    """
-
-    def __init__(
-        self,
-        config: DebertaConfig,
-        *,
-        attention: str = "einsum",
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        check_attention(attention, config.attention_probs_dropout_prob)
-        make = Maker(dtype, param_dtype, rngs)
-        self.config, self.remat = config, remat
+    def make_embeddings(self, make: Maker) -> None:
+        """All modules but the layers."""
+        config = self.config
         self.embeddings = Embeddings(config, make)
         if config.relative_attention:
             self.relative = make.embed(2 * config.span, config.hidden_size)
         if config.norm_rel_ebd == "layer_norm":  # there in checkpoints, even if of no use
             self.relative_norm = make.norm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layers = nnx.List(
-            [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
-        )
         if config.conv_kernel_size:
             self.conv = Conv(
                 config.hidden_size,
@@ -381,67 +292,59 @@ class Encoder(nnx.Module):
                 make=make,
             )
 
-    def _positions(self, ids_BxT: jax.Array) -> jax.Array:
-        """Of a sequence a row: the columns."""
-        if ids_BxT.shape[1] > (longest := self.config.max_length):
-            raise LoraxError(
-                f"sequence of {ids_BxT.shape[1]} tokens: this model has {longest} positions; "
-                f"set task.max_length to {longest} or less"
-            )
+    def embed(
+        self,
+        ids_BxT: jax.Array,
+        mask_BxT: jax.Array,
+        types_BxT: jax.Array | None,
+        positions_BxT: jax.Array | None,
+        rngs: nnx.Rngs | None,
+    ) -> jax.Array:
+        """What the first layer takes: (B, T, D)."""
+        positions_BxT = self._positions(ids_BxT, positions_BxT)
+        return self.embeddings(ids_BxT, mask_BxT, types_BxT, positions_BxT, rngs)
+
+    def may_attend(self, mask_BxT: jax.Array) -> jax.Array:
+        """(B, T, S): where tokens attend to."""
+        return may_attend(mask_BxT)
+
+    def _positions(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
+        """Without positions, those of a sequence a row: the columns."""
+        if positions_BxT is not None:
+            return positions_BxT
+        check_length(ids_BxT, self.config.max_length)
         return jnp.broadcast_to(jnp.arange(ids_BxT.shape[1])[None], ids_BxT.shape)
 
-    def _relative(self, positions_BxT: jax.Array) -> Relative | None:
+    def relation(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> Relative | None:
         """None: distances do not count."""
         if not any(map(self.config.uses, _ATTENDED)):
             return None
         table_1xRxD = self.relative.embedding[...][None].astype(jnp.float32)
         if self.config.norm_rel_ebd == "layer_norm":
             table_1xRxD = self.relative_norm(table_1xRxD)
+        positions_BxT = self._positions(ids_BxT, positions_BxT)
         return Relative(table_1xRxD, relative_rows(self.config, positions_BxT))
 
-    def __call__(
+    def run_layers(
         self,
-        input_ids_BxT: jax.Array,
-        attention_mask_BxT: jax.Array,
-        token_type_ids_BxT: jax.Array | None = None,
+        layers: Any,
+        x_BxTxD: jax.Array,
+        mask_BxT: jax.Array,
+        relation: Relative | None,
         *,
-        position_ids_BxT: jax.Array | None = None,
-        only: FirstTokens | None = None,
         rngs: nnx.Rngs | None = None,
+        only: FirstTokens | None = None,
     ) -> jax.Array:
-        """Encodes a batch, a sequence a row, or several.
-
-        Args:
-          input_ids_BxT: int token ids, padded on either side.
-          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
-            number: 1 where a row is one sequence; else sequences are numbered.
-          token_type_ids_BxT: int token types; None means all 0. A model without them has no use
-            for them.
-          position_ids_BxT: int positions in each sequence, from 0; None: a sequence a row.
-          only: what is read of the last layer, if not all: it computes no more than that.
-          rngs: stream `dropout` turns dropout on; None is deterministic.
-
-        Returns:
-          Hidden states of shape (B, T, D), or (N, 1, D) for `only`, in the compute dtype.
-
-        Raises:
-          LoraxError: without `position_ids_BxT`, T exceeds the model's positions.
-        """
-        if position_ids_BxT is None:
-            position_ids_BxT = self._positions(input_ids_BxT)
-        x_BxTxD = self.embeddings(
-            input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, position_ids_BxT, rngs
-        )
-        mask_BxTxS = _may_attend(attention_mask_BxT)
-        relative = self._relative(position_ids_BxT)
-        call = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
-        embedded_BxTxD, last, has_conv = x_BxTxD, len(self.layers) - 1, self.config.conv_kernel_size
-        for n, layer in enumerate(self.layers):
-            is_read = n == last and not (n == 0 and has_conv)  # the convolution reads all tokens
-            x_BxTxD = call(layer, x_BxTxD, mask_BxTxS, relative, rngs, only if is_read else None)
-            if n == 0 and has_conv:
-                x_BxTxD = self.conv(embedded_BxTxD, x_BxTxD, attention_mask_BxT, rngs)
-        return only.tokens(x_BxTxD) if only and last == 0 and has_conv else x_BxTxD
+        """All of some layers in turn, the convolution beside the first one."""
+        run = super().run_layers
+        if not self.config.conv_kernel_size:
+            return run(layers, x_BxTxD, mask_BxT, relation, rngs=rngs, only=only)
+        first, *rest = layers  # the convolution reads all of its tokens
+        y_BxTxD = run([first], x_BxTxD, mask_BxT, relation, rngs=rngs)
+        x_BxTxD = self.conv(x_BxTxD, y_BxTxD, mask_BxT, rngs)
+        if rest:
+            return run(rest, x_BxTxD, mask_BxT, relation, rngs=rngs, only=only)
+        return x_BxTxD if only is None else only.tokens(x_BxTxD)
 
 
 _OURS = r"encoder\.layers\.(\d+)"

@@ -105,6 +105,17 @@ def read_config(
     return {field: config[name] for field, name in theirs.items() if name in config}
 
 
+def check_heads(config: Any) -> None:
+    """Refuses a width that does not go into heads.
+
+    Raises:
+      LoraxError: naming both.
+    """
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % heads:
+        raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+
+
 def _is_needed(field: Any) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 

@@ -11,22 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
-from lorax.errors import LoraxError
-from lorax.models.attention import attend, check_attention
-from lorax.models.causal import (
-    KVCache,
-    Past,
-    WordTable,
-    columns,
-    count_positions,
-    grown,
-    run_layers,
-)
-from lorax.models.family import Family, Rule, read_config
+from lorax.models import decoder
+from lorax.models.causal import KVCache, Past, attend_to_past
+from lorax.models.family import Family, Rule, check_heads, read_config
 from lorax.models.functions import ACTIVATIONS, dropout
-from lorax.models.layers import Maker, kernel_init, split_heads
+from lorax.models.layers import Maker, check_length, split_heads
 
 # Options of a Hugging Face config that change the computation, and the values served here.
 _SERVED: dict[str, tuple[Any, ...]] = {
@@ -75,11 +65,9 @@ class Gpt2Config:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        width, heads = self.hidden_size, self.num_attention_heads
-        if width % heads:
-            raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+        check_heads(self)
         if not self.intermediate_size:
-            object.__setattr__(self, "intermediate_size", 4 * width)
+            object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "Gpt2Config":
@@ -101,6 +89,16 @@ class Gpt2Config:
     def num_key_value_heads(self) -> int:
         """As many as the queries'."""
         return self.num_attention_heads
+
+    @property
+    def attention_dropout(self) -> float:
+        """Rate, in LLaMA's name."""
+        return self.attn_pdrop
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """All layers attend to all columns."""
+        return (None,) * self.num_hidden_layers
 
     @property
     def max_length(self) -> int:
@@ -132,19 +130,16 @@ class Attention(nnx.Module):
         """Mixes tokens along the attended ones of a bool mask; the shape stays."""
         heads = self.config.num_attention_heads
         q_BxTxHxK = split_heads(self.query(x_BxTxD), heads)
-        k_BxSxHxK = split_heads(self.key(x_BxTxD), heads)
-        v_BxSxHxK = split_heads(self.value(x_BxTxD), heads)
-        if past is not None:
-            past = past.extended(k_BxSxHxK, v_BxSxHxK)
-            k_BxSxHxK, v_BxSxHxK = (x.astype(q_BxTxHxK.dtype) for x in past[:2])
-        y_BxTxHxK = attend(
+        k_BxTxHxK = split_heads(self.key(x_BxTxD), heads)
+        v_BxTxHxK = split_heads(self.value(x_BxTxD), heads)
+        y_BxTxHxK, past = attend_to_past(
             q_BxTxHxK,
-            k_BxSxHxK,
-            v_BxSxHxK,
+            k_BxTxHxK,
+            v_BxTxHxK,
             mask_BxTxS,
+            past,
             scale=self.scale,
-            # Fused kernels are not made for one query.
-            implementation="einsum" if past is not None else self.implementation,
+            implementation=self.implementation,
             dropout_rate=self.config.attn_pdrop,
             rngs=rngs,
         )
@@ -191,101 +186,30 @@ class Layer(nnx.Module):
         return x_BxTxD + y_BxTxD.astype(x_BxTxD.dtype), past
 
 
-class Decoder(nnx.Module):
-    """A decoder of GPT-2's kind without a head.
+class Decoder(decoder.Decoder):
+    """A decoder of GPT-2's kind without a head; see `lorax.models.decoder.Decoder`."""
 
-    Args:
-      config: the architecture.
-      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
-        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
-      dtype: of matrix products and activations; LayerNorm statistics and softmax are float32.
-      param_dtype: of the stored parameters.
-      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
-      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
-
-    Raises:
-      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
-    """
-
-    def __init__(
-        self,
-        config: Gpt2Config,
-        *,
-        attention: str = "einsum",
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        check_attention(attention, config.attn_pdrop)
-        make = Maker(dtype, param_dtype, rngs)
-        self.config, self.remat, self.dtype = config, remat, make.dtype
-        self.word = WordTable(
-            config.vocab_size,
-            config.hidden_size,
-            param_dtype=make.param_dtype,
-            embedding_init=kernel_init,
-            rngs=rngs,
-        )
+    def make_layers(self, attention: str, make: Maker) -> None:
+        """All modules but the word embeddings."""
+        config = self.config
         self.position = make.embed(config.max_position_embeddings, config.hidden_size)
         self.layers = nnx.List(
             [Layer(config, n, attention, make) for n in range(config.num_hidden_layers)]
         )
         self.norm = make.norm(config.hidden_size, eps=config.layer_norm_epsilon)
 
-    def _positions(self, mask_BxT: jax.Array, cache: KVCache | None) -> jax.Array:
-        tokens, longest = mask_BxT.shape[1], self.config.max_position_embeddings
-        if tokens > longest:
-            raise LoraxError(
-                f"sequence of {tokens} tokens: this model has {longest} positions; "
-                f"set task.max_length to {longest} or less"
-            )
-        return count_positions(mask_BxT, cache)
+    def count_positions(self, mask_BxT: jax.Array, cache: KVCache | None) -> jax.Array:
+        """(B, T): of each token, where they are not given."""
+        check_length(mask_BxT, self.config.max_position_embeddings)
+        return super().count_positions(mask_BxT, cache)
 
-    def __call__(
-        self,
-        input_ids_BxT: jax.Array,
-        attention_mask_BxT: jax.Array,
-        *,
-        position_ids_BxT: jax.Array | None = None,
-        cache: KVCache | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Any:
-        """Decodes a batch, a sequence a row, or several.
-
-        Args:
-          input_ids_BxT: int token ids, padded on either side.
-          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
-            number up to their own column: 1 where a row is one sequence; else sequences are
-            numbered.
-          position_ids_BxT: int positions in each sequence, from 0; None: the real tokens of each
-            row are counted, those in the cache included.
-          cache: of the columns before; T more are written to it.
-          rngs: stream `dropout` turns dropout on; None is deterministic.
-
-        Returns:
-          Hidden states of shape (B, T, D) in the compute dtype; with a cache, (states, cache).
-
-        Raises:
-          LoraxError: the cache has no room, or without `position_ids_BxT` T exceeds the model's
-            positions.
-        """
-        seen = columns(attention_mask_BxT, cache)
-        if position_ids_BxT is None:
-            position_ids_BxT = self._positions(attention_mask_BxT, cache)
-        x_BxTxD = self.word(jnp.asarray(input_ids_BxT)).astype(jnp.float32)
-        x_BxTxD += self.position(jnp.asarray(position_ids_BxT)).astype(jnp.float32)
-        x_BxTxD, pasts = run_layers(
-            self.layers,
-            dropout(x_BxTxD, self.config.embd_pdrop, rngs).astype(self.dtype),
-            [seen.may_attend()] * len(self.layers),
-            None,
-            cache,
-            rngs=rngs,
-            remat=self.remat,
-        )
-        x_BxTxD = self.norm(x_BxTxD)
-        return x_BxTxD if cache is None else (x_BxTxD, grown(pasts, seen))
+    def embed(
+        self, ids_BxT: jax.Array, positions_BxT: jax.Array, rngs: nnx.Rngs | None
+    ) -> jax.Array:
+        """What the first layer takes: (B, T, D)."""
+        x_BxTxD = self.word(ids_BxT).astype(jnp.float32)
+        x_BxTxD += self.position(positions_BxT).astype(jnp.float32)
+        return dropout(x_BxTxD, self.config.embd_pdrop, rngs).astype(self.dtype)
 
 
 _LAYER = r"decoder\.layers\.(\d+)"

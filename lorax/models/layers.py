@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from lorax.errors import LoraxError
 from lorax.models.dense import Dense
 from lorax.models.functions import ACTIVATIONS, dropout
 
@@ -95,6 +96,19 @@ class PostNormMlp(nnx.Module):
 def split_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
     """(B, T, D) -> (B, T, H, K)."""
     return x_BxTxD.reshape(*x_BxTxD.shape[:2], heads, -1)
+
+
+def check_length(ids_BxT: jax.Array, longest: int) -> None:
+    """Refuses rows of more tokens than a model has positions.
+
+    Raises:
+      LoraxError: saying which setting to change.
+    """
+    if ids_BxT.shape[1] > longest:
+        raise LoraxError(
+            f"sequence of {ids_BxT.shape[1]} tokens: this model has {longest} positions; "
+            f"set task.max_length to {longest} or less"
+        )
 
 
 def may_attend(mask_BxT: jax.Array) -> jax.Array:

@@ -14,19 +14,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
-from lorax.models.attention import attend, check_attention
-from lorax.models.causal import (
-    KVCache,
-    Past,
-    WordTable,
-    columns,
-    count_positions,
-    grown,
-    run_layers,
-)
+from lorax.models import decoder
+from lorax.models.causal import Past, attend_to_past
 from lorax.models.family import Family, Rule, read_config
 from lorax.models.functions import ACTIVATIONS
-from lorax.models.layers import Maker, kernel_init, split_heads
+from lorax.models.layers import Maker, split_heads
 from lorax.models.rope import Rope, Rotation, rotate
 
 # Options of a Hugging Face config that change the computation, and the values served here.
@@ -202,23 +194,20 @@ class Attention(nnx.Module):
         """Mixes tokens along the attended ones of a bool mask; the shape stays."""
         config = self.config
         q_BxTxHxK = split_heads(self.query(x_BxTxD), config.num_attention_heads)
-        k_BxSxHxK = split_heads(self.key(x_BxTxD), config.num_key_value_heads)
-        v_BxSxHxK = split_heads(self.value(x_BxTxD), config.num_key_value_heads)
+        k_BxTxHxK = split_heads(self.key(x_BxTxD), config.num_key_value_heads)
+        v_BxTxHxK = split_heads(self.value(x_BxTxD), config.num_key_value_heads)
         if config.model_type == "qwen3":
-            dtype = v_BxSxHxK.dtype  # the products', which all three have
+            dtype = v_BxTxHxK.dtype  # the products', which all three have
             q_BxTxHxK = self.query_norm(q_BxTxHxK).astype(dtype)
-            k_BxSxHxK = self.key_norm(k_BxSxHxK).astype(dtype)
-        q_BxTxHxK, k_BxSxHxK = rotate(q_BxTxHxK, rotation), rotate(k_BxSxHxK, rotation)
-        if past is not None:
-            past = past.extended(k_BxSxHxK, v_BxSxHxK)
-            k_BxSxHxK, v_BxSxHxK = (x.astype(q_BxTxHxK.dtype) for x in past[:2])
-        y_BxTxHxK = attend(
+            k_BxTxHxK = self.key_norm(k_BxTxHxK).astype(dtype)
+        q_BxTxHxK, k_BxTxHxK = rotate(q_BxTxHxK, rotation), rotate(k_BxTxHxK, rotation)
+        y_BxTxHxK, past = attend_to_past(
             q_BxTxHxK,
-            k_BxSxHxK,
-            v_BxSxHxK,
+            k_BxTxHxK,
+            v_BxTxHxK,
             mask_BxTxS,
-            # Fused kernels are not made for one query.
-            implementation="einsum" if past is not None else self.implementation,
+            past,
+            implementation=self.implementation,
             dropout_rate=config.attention_dropout,
             rngs=rngs,
         )
@@ -266,93 +255,20 @@ class Layer(nnx.Module):
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)).astype(x_BxTxD.dtype), past
 
 
-class Decoder(nnx.Module):
-    """A decoder of LLaMA's kind without a head.
+class Decoder(decoder.Decoder):
+    """A decoder of LLaMA's kind without a head; see `lorax.models.decoder.Decoder`."""
 
-    Args:
-      config: the architecture.
-      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
-        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
-      dtype: of matrix products and activations; norms' statistics, softmax and the turning by
-        positions are float32.
-      param_dtype: of the stored parameters.
-      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
-      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
-
-    Raises:
-      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
-    """
-
-    def __init__(
-        self,
-        config: LlamaConfig,
-        *,
-        attention: str = "einsum",
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        check_attention(attention, config.attention_dropout)
-        make = Maker(dtype, param_dtype, rngs)
-        self.config, self.remat, self.dtype = config, remat, make.dtype
-        self.word = WordTable(
-            config.vocab_size,
-            config.hidden_size,
-            param_dtype=make.param_dtype,
-            embedding_init=kernel_init,
-            rngs=rngs,
-        )
+    def make_layers(self, attention: str, make: Maker) -> None:
+        """All modules but the word embeddings."""
+        config = self.config
         self.layers = nnx.List(
             [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
         )
         self.norm = _rms_norm(make, config.hidden_size, config.rms_norm_eps)
 
-    def __call__(
-        self,
-        input_ids_BxT: jax.Array,
-        attention_mask_BxT: jax.Array,
-        *,
-        position_ids_BxT: jax.Array | None = None,
-        cache: KVCache | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> Any:
-        """Decodes a batch, a sequence a row, or several.
-
-        Args:
-          input_ids_BxT: int token ids, padded on either side.
-          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
-            number up to their own column: 1 where a row is one sequence; else sequences are
-            numbered.
-          position_ids_BxT: int positions in each sequence, from 0; None: the real tokens of each
-            row are counted, those in the cache included.
-          cache: of the columns before; T more are written to it.
-          rngs: stream `dropout` turns dropout on; None is deterministic.
-
-        Returns:
-          Hidden states of shape (B, T, D) in the compute dtype; with a cache, (states, cache).
-
-        Raises:
-          LoraxError: the cache has no room.
-        """
-        seen = columns(attention_mask_BxT, cache)
-        if position_ids_BxT is None:
-            position_ids_BxT = count_positions(attention_mask_BxT, cache)
-        rotation = self.config.rope.rotation(
-            jnp.asarray(position_ids_BxT), self.config.head_dim, seen.query
-        )
-        masks = {window: seen.may_attend(window) for window in set(self.config.windows)}
-        x_BxTxD, pasts = run_layers(
-            self.layers,
-            self.word(jnp.asarray(input_ids_BxT)).astype(self.dtype),
-            [masks[window] for window in self.config.windows],
-            rotation,
-            cache,
-            rngs=rngs,
-            remat=self.remat,
-        )
-        x_BxTxD = self.norm(x_BxTxD)
-        return x_BxTxD if cache is None else (x_BxTxD, grown(pasts, seen))
+    def rotation(self, positions_BxT: jax.Array, sequences_BxT: jax.Array) -> Rotation:
+        """What turns queries and keys."""
+        return self.config.rope.rotation(positions_BxT, self.config.head_dim, sequences_BxT)
 
 
 _LAYER = r"decoder\.layers\.(\d+)"

@@ -6,19 +6,17 @@ Shapes in names: B rows, T tokens, S attended tokens (= T), D width, H heads, K 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
 
-from lorax.errors import LoraxError
-from lorax.models.attention import attend, check_attention
-from lorax.models.family import Family, Pooler, Rule, read_config
-from lorax.models.functions import ACTIVATIONS, dropout
-from lorax.models.layers import Maker, PostNormMlp, may_attend, split_heads
+from lorax.models import encoder
+from lorax.models.family import Family, Pooler, Rule, check_heads, read_config
+from lorax.models.functions import ACTIVATIONS
+from lorax.models.layers import Maker
 from lorax.models.reading import FirstTokens
 
 _PADDING = 1  # in transformers too, whatever its config says
@@ -55,11 +53,11 @@ class MPNetConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
+    embedding_size: ClassVar[None] = None
+    type_vocab_size: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        width, heads = self.hidden_size, self.num_attention_heads
-        if width % heads:
-            raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+        check_heads(self)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "MPNetConfig":
@@ -83,83 +81,20 @@ class MPNetConfig:
         return self.max_position_embeddings - self.first_position
 
 
-class Embeddings(nnx.Module):
-    """Word and position embeddings, summed and normalised."""
+class Attention(encoder.Attention):
+    """Self-attention with a bias that all layers share."""
 
-    def __init__(self, config: MPNetConfig, make: Maker):
-        self.config = config
-        self.word = make.embed(config.vocab_size, config.hidden_size)
-        self.position = make.embed(config.max_position_embeddings, config.hidden_size)
-        self.norm = make.norm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def _positions(self, ids_BxT: jax.Array) -> jax.Array:
-        """Of a sequence a row, as rows of the table; they count from the padding id."""
-        if ids_BxT.shape[1] > (longest := self.config.max_length):
-            raise LoraxError(
-                f"sequence of {ids_BxT.shape[1]} tokens: this model has {longest} positions; "
-                f"set task.max_length to {longest} or less"
-            )
-        real_BxT = (ids_BxT != self.config.pad_token_id).astype(jnp.int32)
-        return jnp.cumsum(real_BxT, axis=1) * real_BxT + self.config.pad_token_id
-
-    def __call__(
+    def bias(
         self,
-        ids_BxT: jax.Array,
-        positions_BxT: jax.Array | None,
-        rngs: nnx.Rngs | None = None,
+        q_BxTxHxK: jax.Array,
+        k_BxSxHxK: jax.Array,
+        relation: jax.Array,
+        only: FirstTokens | None,
+        rngs: nnx.Rngs | None,
     ) -> jax.Array:
-        """Looks up token ids and positions; returns (B, T, D)."""
-        if positions_BxT is None:
-            places_BxT = self._positions(ids_BxT)
-        else:
-            places_BxT = positions_BxT + self.config.first_position
-        x_BxTxD = self.word(ids_BxT).astype(jnp.float32)
-        x_BxTxD += self.position(places_BxT).astype(jnp.float32)
-        return dropout(self.norm(x_BxTxD), self.config.hidden_dropout_prob, rngs)
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention with a bias, its residual connection and post-norm."""
-
-    def __init__(self, config: MPNetConfig, implementation: str, make: Maker):
-        self.config, self.implementation = config, implementation
-        width = config.hidden_size
-        self.query = make.linear(width, width)
-        self.key = make.linear(width, width)
-        self.value = make.linear(width, width)
-        self.out = make.linear(width, width)
-        self.norm = make.norm(width, eps=config.layer_norm_eps)
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxTxS: jax.Array,
-        bias_BxHxTxS: jax.Array,
-        rngs: nnx.Rngs | None = None,
-        only: FirstTokens | None = None,
-    ) -> jax.Array:
-        """Mixes tokens along the attended ones of a bool mask; the shape stays, or is `only`'s."""
-        heads, implementation = self.config.num_attention_heads, self.implementation
-        asked_BxTxD = x_BxTxD
-        k_BxSxHxK = split_heads(self.key(x_BxTxD), heads)
-        v_BxSxHxK = split_heads(self.value(x_BxTxD), heads)
-        if only is not None:
-            asked_BxTxD, mask_BxTxS = only.tokens(x_BxTxD), only.tokens(mask_BxTxS)
-            k_BxSxHxK, v_BxSxHxK = only.rows(k_BxSxHxK), only.rows(v_BxSxHxK)
-            bias_BxHxTxS = _bias_of(only, bias_BxHxTxS)
-            implementation = "einsum"  # fused kernels are not made for one query
-        y_BxTxHxK = attend(
-            split_heads(self.query(asked_BxTxD), heads),
-            k_BxSxHxK,
-            v_BxSxHxK,
-            mask_BxTxS,
-            bias_BxHxTxS=bias_BxHxTxS,
-            implementation=implementation,
-            dropout_rate=self.config.attention_probs_dropout_prob,
-            rngs=rngs,
-        )
-        y_BxTxD = self.out(y_BxTxHxK.reshape(asked_BxTxD.shape))
-        return self.norm(asked_BxTxD + dropout(y_BxTxD, self.config.hidden_dropout_prob, rngs))
+        """The relation, (B, H, T, S), or what is asked for of it."""
+        del q_BxTxHxK, k_BxSxHxK, rngs
+        return relation if only is None else _bias_of(only, relation)
 
 
 def _bias_of(only: FirstTokens, bias_BxHxTxS: jax.Array) -> jax.Array:
@@ -169,32 +104,6 @@ def _bias_of(only: FirstTokens, bias_BxHxTxS: jax.Array) -> jax.Array:
         bias_BxHxTxS.shape[0], -1, heads * attended
     )
     return only.tokens(bias_BxTxHS).reshape(-1, heads, 1, attended)
-
-
-class Layer(nnx.Module):
-    """One transformer block."""
-
-    def __init__(self, config: MPNetConfig, implementation: str, make: Maker):
-        self.attention = Attention(config, implementation, make)
-        self.mlp = PostNormMlp(
-            config.hidden_size,
-            config.intermediate_size,
-            activation=config.hidden_act,
-            rate=config.hidden_dropout_prob,
-            eps=config.layer_norm_eps,
-            make=make,
-        )
-
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        mask_BxTxS: jax.Array,
-        bias_BxHxTxS: jax.Array,
-        rngs: nnx.Rngs | None = None,
-        only: FirstTokens | None = None,
-    ) -> jax.Array:
-        """Attention, then feed-forward; the shape stays, or is `only`'s: (N, 1, D)."""
-        return self.mlp(self.attention(x_BxTxD, mask_BxTxS, bias_BxHxTxS, rngs, only), rngs)
 
 
 def _buckets_of_distances() -> np.ndarray:
@@ -220,42 +129,17 @@ def relative_buckets(positions_BxT: jax.Array) -> jax.Array:
     return jnp.asarray(_buckets_of_distances())[distances_BxTxS] + after_BxTxS
 
 
-class Encoder(nnx.Module):
-    """An MPNet encoder without a head.
+class Encoder(encoder.Encoder):
+    """An MPNet encoder without a head; see `lorax.models.encoder.Encoder`."""
 
-    Args:
-      config: the architecture.
-      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
-        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
-      dtype: of matrix products and activations; LayerNorm statistics and softmax are float32.
-      param_dtype: of the stored parameters.
-      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
-      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
+    attention_class = Attention
 
-    Raises:
-      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
-    """
+    def make_embeddings(self, make: Maker) -> None:
+        """All modules but the layers."""
+        super().make_embeddings(make)
+        self.relative_bias = make.embed(_BUCKETS, self.config.num_attention_heads)
 
-    def __init__(
-        self,
-        config: MPNetConfig,
-        *,
-        attention: str = "einsum",
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        check_attention(attention, config.attention_probs_dropout_prob)
-        make = Maker(dtype, param_dtype, rngs)
-        self.config, self.remat = config, remat
-        self.embeddings = Embeddings(config, make)
-        self.relative_bias = make.embed(_BUCKETS, config.num_attention_heads)
-        self.layers = nnx.List(
-            [Layer(config, attention, make) for _ in range(config.num_hidden_layers)]
-        )
-
-    def _bias(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
+    def relation(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
         """What distances add to the logits of all layers: (B, H, T, S)."""
         if positions_BxT is None:  # of columns: those of real tokens differ as their positions do
             columns_1xT = jnp.arange(ids_BxT.shape[1])[None]
@@ -266,43 +150,6 @@ class Encoder(nnx.Module):
         else:
             bias_BxTxSxH = self.relative_bias(relative_buckets(positions_BxT))
         return jnp.moveaxis(bias_BxTxSxH, 3, 1)
-
-    def __call__(
-        self,
-        input_ids_BxT: jax.Array,
-        attention_mask_BxT: jax.Array,
-        token_type_ids_BxT: jax.Array | None = None,
-        *,
-        position_ids_BxT: jax.Array | None = None,
-        only: FirstTokens | None = None,
-        rngs: nnx.Rngs | None = None,
-    ) -> jax.Array:
-        """Encodes a batch, a sequence a row, or several.
-
-        Args:
-          input_ids_BxT: int token ids, padded on either side.
-          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
-            number: 1 where a row is one sequence; else sequences are numbered.
-          token_type_ids_BxT: of no use: the model has no token types.
-          position_ids_BxT: int positions in each sequence, from 0; None: a sequence a row.
-          only: what is read of the last layer, if not all: it computes no more than that.
-          rngs: stream `dropout` turns dropout on; None is deterministic.
-
-        Returns:
-          Hidden states of shape (B, T, D), or (N, 1, D) for `only`, in the compute dtype.
-
-        Raises:
-          LoraxError: without `position_ids_BxT`, T exceeds the model's positions.
-        """
-        del token_type_ids_BxT
-        x_BxTxD = self.embeddings(input_ids_BxT, position_ids_BxT, rngs)
-        mask_BxTxS = may_attend(attention_mask_BxT)
-        bias_BxHxTxS = self._bias(input_ids_BxT, position_ids_BxT)
-        call = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
-        *layers, last = self.layers
-        for layer in layers:
-            x_BxTxD = call(layer, x_BxTxD, mask_BxTxS, bias_BxHxTxS, rngs)
-        return call(last, x_BxTxD, mask_BxTxS, bias_BxHxTxS, rngs, only)
 
 
 _OURS = r"encoder\.layers\.(\d+)"

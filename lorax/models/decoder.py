@@ -1,0 +1,124 @@
+"""What GPT-2 and the families of LLaMA's kind share: a decoder of pre-norm blocks with a cache.
+
+Shapes in names: B rows, T tokens, S attended columns (= T without a cache), D width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lorax.models.attention import check_attention
+from lorax.models.causal import KVCache, Past, WordTable, columns, count_positions, grown
+from lorax.models.layers import Maker, kernel_init
+
+
+class Decoder(nnx.Module):
+    """A decoder without a head. A family makes its layers, and says how positions count.
+
+    Layers are called as (x, mask, rotation, past, rngs) -> (x, past).
+
+    Args:
+      config: the architecture.
+      attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
+        cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
+      dtype: of matrix products and activations; norms' statistics, softmax and the turning by
+        positions are float32.
+      param_dtype: of the stored parameters.
+      remat: keep the inputs of layers alone, and compute each once more in the backward pass.
+      rngs: its stream `params` draws the parameters, normal(0.02) as Hugging Face does.
+
+    Raises:
+      LoraxError: unknown `attention`, or one that cannot apply the config's attention dropout.
+    """
+
+    layers: Any
+    norm: Any
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        attention: str = "einsum",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        check_attention(attention, config.attention_dropout)
+        make = Maker(dtype, param_dtype, rngs)
+        self.config, self.remat, self.dtype = config, remat, make.dtype
+        self.word = WordTable(
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=make.param_dtype,
+            embedding_init=kernel_init,
+            rngs=rngs,
+        )
+        self.make_layers(attention, make)
+
+    def make_layers(self, attention: str, make: Maker) -> None:
+        """All modules but the word embeddings: `layers`, `norm` and what the family needs."""
+        raise NotImplementedError
+
+    def count_positions(self, mask_BxT: jax.Array, cache: KVCache | None) -> jax.Array:
+        """(B, T): of each token, where they are not given."""
+        return count_positions(mask_BxT, cache)
+
+    def embed(
+        self, ids_BxT: jax.Array, positions_BxT: jax.Array, rngs: nnx.Rngs | None
+    ) -> jax.Array:
+        """What the first layer takes: (B, T, D)."""
+        del positions_BxT, rngs
+        return self.word(ids_BxT).astype(self.dtype)
+
+    def rotation(self, positions_BxT: jax.Array, sequences_BxT: jax.Array) -> Any:
+        """What turns queries and keys; None where positions are embedded."""
+        del positions_BxT, sequences_BxT
+
+    def __call__(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Any:
+        """Decodes a batch, a sequence a row, or several.
+
+        Args:
+          input_ids_BxT: int token ids, padded on either side.
+          attention_mask_BxT: 0 or False on padding. Tokens of a row attend to those of the same
+            number up to their own column: 1 where a row is one sequence; else sequences are
+            numbered.
+          position_ids_BxT: int positions in each sequence, from 0; None: the real tokens of each
+            row are counted, those in the cache included.
+          cache: of the columns before; T more are written to it.
+          rngs: stream `dropout` turns dropout on; None is deterministic.
+
+        Returns:
+          Hidden states of shape (B, T, D) in the compute dtype; with a cache, (states, cache).
+
+        Raises:
+          LoraxError: the cache has no room; or T exceeds a model's table of positions, without
+            `position_ids_BxT`.
+        """
+        seen = columns(attention_mask_BxT, cache)
+        if position_ids_BxT is None:
+            position_ids_BxT = self.count_positions(attention_mask_BxT, cache)
+        positions_BxT = jnp.asarray(position_ids_BxT)
+        x_BxTxD = self.embed(jnp.asarray(input_ids_BxT), positions_BxT, rngs)
+        rotation = self.rotation(positions_BxT, seen.query)
+        masks = {window: seen.may_attend(window) for window in set(self.config.windows)}
+        call = type(self.layers[0]).__call__
+        call = nnx.remat(call) if self.remat else call
+        pasts: list[Past] = []
+        for n, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
+            past = None if cache is None else Past(cache.keys[n], cache.values[n], cache.next)
+            x_BxTxD, past = call(layer, x_BxTxD, masks[window], rotation, past, rngs)
+            pasts += [] if past is None else [past]
+        x_BxTxD = self.norm(x_BxTxD)
+        return x_BxTxD if cache is None else (x_BxTxD, grown(pasts, seen))
