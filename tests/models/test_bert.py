@@ -2,7 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoder_helpers import NO_DROPOUT, random_classifier
 from flax import nnx
+from run_model import run
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
@@ -46,15 +48,8 @@ def inputs_of(model_type):
     return 2 if model_type == "distilbert" else 3
 
 
-def classifier(pooling="mean", attention="einsum", dtype=jnp.float32, seed=0, **config):
-    return SequenceClassifier(
-        BertConfig.from_hf(CONFIG | config),
-        3,
-        pooling=pooling,
-        attention=attention,
-        dtype=dtype,
-        rngs=nnx.Rngs(seed),
-    )
+def classifier(pooling="mean", attention="einsum", **config):
+    return random_classifier(BertConfig.from_hf(CONFIG | config), pooling, attention)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -64,7 +59,7 @@ def test_hidden_states_equal_transformers(write_checkpoint, load, batch, variant
     model = write_checkpoint(model_type, **options)
     arrays = batch(model_type, side=side, types=options.get("type_vocab_size", 2))
     want = model(**torch_batch(arrays[: inputs_of(model_type)])).last_hidden_state.detach().numpy()
-    got = load().encoder(*arrays)
+    got = run(load().encoder, *arrays)
     real = arrays[1].astype(bool)
     np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
 
@@ -76,14 +71,14 @@ def test_logits_equal_transformers(write_checkpoint, load, batch, variant, side)
     model = write_checkpoint(model_type, head=True, num_labels=3, **options)
     arrays = batch(model_type, side=side, types=options.get("type_vocab_size", 2))
     want = model(**torch_batch(arrays[: inputs_of(model_type)])).logits.detach().numpy()
-    got = load(3, pooling="pooler")(*arrays)
+    got = run(load(3, pooling="pooler"), *arrays)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_token_types_default_to_zero():
     model, ids = classifier(), jnp.ones((2, 5), jnp.int32)
-    np.testing.assert_array_equal(model(ids, ids), model(ids, ids, jnp.zeros_like(ids)))
+    np.testing.assert_array_equal(run(model, ids, ids), run(model, ids, ids, jnp.zeros_like(ids)))
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
@@ -119,8 +114,8 @@ def test_activations_equal_torch(name):
 def test_xla_attention_equals_einsum(batch, side):
     arrays = batch(side=side)
     rates = {"attention_probs_dropout_prob": 0.0}
-    plain = classifier(**rates)(*arrays)
-    np.testing.assert_allclose(classifier(attention="xla", **rates)(*arrays), plain, atol=1e-6)
+    plain, fused = (run(classifier(attention=a, **rates), *arrays) for a in ("einsum", "xla"))
+    np.testing.assert_allclose(fused, plain, atol=1e-6)
 
 
 @pytest.mark.usefixtures("mixed")
@@ -139,7 +134,7 @@ def test_fully_masked_rows_stay_finite(implementation, dtype):
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
 def test_an_empty_sequence_gives_finite_logits(pooling):
     ids = jnp.ones((1, 4), jnp.int32)
-    assert jnp.isfinite(classifier(pooling)(ids, jnp.zeros_like(ids))).all()
+    assert jnp.isfinite(run(classifier(pooling), ids, jnp.zeros_like(ids))).all()
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
@@ -147,7 +142,7 @@ def test_padding_changes_nothing(batch, pooling):
     ids, mask, types = batch(lengths=(6, 6))
     padded = [np.pad(x, ((0, 0), (0, 5))) for x in (ids, mask, types)]
     model = classifier(pooling)
-    np.testing.assert_allclose(model(*padded), model(ids, mask, types), atol=1e-6)
+    np.testing.assert_allclose(run(model, *padded), run(model, ids, mask, types), atol=1e-6)
 
 
 @pytest.mark.usefixtures("mixed")
@@ -161,21 +156,21 @@ def test_bf16_is_finite_and_close(write_checkpoint, load, batch, attention, para
     half = load(dtype=jnp.bfloat16, param_dtype=param_dtype, **options)
     assert half.encoder.layers[0].attention.query.kernel.dtype == param_dtype
     assert half.head.out.kernel.dtype == jnp.float32
-    assert half.encoder(*arrays).dtype == jnp.bfloat16
-    assert half(*arrays).dtype == jnp.float32
+    assert run(half.encoder, *arrays).dtype == jnp.bfloat16
+    assert run(half, *arrays).dtype == jnp.float32
     real = arrays[1].astype(bool)
-    got = np.asarray(half.encoder(*arrays)[real], np.float32)
-    want = np.asarray(plain.encoder(*arrays)[real])
+    got = np.asarray(run(half.encoder, *arrays)[real], np.float32)
+    want = np.asarray(run(plain.encoder, *arrays)[real])
     assert np.abs(got - want).mean() < 0.02 * np.abs(want).mean()
 
 
 def test_dropout_needs_rngs(batch):
     arrays, model = batch(), classifier()
-    np.testing.assert_array_equal(model(*arrays), model(*arrays))
-    one, again, other = (model(*arrays, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(run(model, *arrays), run(model, *arrays))
+    one, again, other = (run(model, *arrays, rngs=nnx.Rngs(dropout=seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other)
-    assert not np.allclose(one, model(*arrays))
+    assert not np.allclose(one, run(model, *arrays))
 
 
 @pytest.mark.parametrize(
@@ -188,13 +183,12 @@ def test_each_dropout_acts_alone(batch, model_type, site):
     )
     arrays = batch(model_type)
     model = classifier("pooler", model_type=model_type, **(rates | {site: 0.5}))
-    assert not np.allclose(model(*arrays), model(*arrays, rngs=nnx.Rngs(dropout=0)))
+    assert not np.allclose(run(model, *arrays), run(model, *arrays, rngs=nnx.Rngs(dropout=0)))
 
 
 @pytest.mark.parametrize(("model_type", "draws"), [("bert", 1), ("roberta", 2)])
 def test_roberta_drops_before_its_pooler_too(batch, model_type, draws):
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = classifier("pooler", model_type=model_type, classifier_dropout=0.5, **rates)
+    model = classifier("pooler", model_type=model_type, classifier_dropout=0.5, **NO_DROPOUT)
     rngs = nnx.Rngs(dropout=0)
     model(*batch(model_type), rngs=rngs)
     assert rngs.dropout.count[...] == draws
@@ -210,8 +204,7 @@ def test_dropout_rate_and_scale():
 
 def test_rate_zero_compiles_to_nothing(batch):
     arrays = batch()
-    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = classifier(**rates)
+    model = classifier(**NO_DROPOUT)
     jaxpr = str(
         jax.make_jaxpr(lambda key: model(*arrays, rngs=nnx.Rngs(dropout=key)))(jax.random.key(0))
     )
@@ -220,7 +213,7 @@ def test_rate_zero_compiles_to_nothing(batch):
 
 @pytest.mark.usefixtures("mixed")
 def test_softmax_and_statistics_are_float32_under_bf16(batch):
-    model = classifier(dtype=jnp.bfloat16)
+    model = SequenceClassifier(BertConfig.from_hf(CONFIG), 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     jaxpr = str(jax.make_jaxpr(model)(*batch()))
     lines = [line for line in jaxpr.splitlines() if " = exp " in line or " = rsqrt " in line]
     assert lines
@@ -264,10 +257,10 @@ def test_choices_are_refused_by_name():
 def test_sequences_beyond_the_positions_are_refused(model_type, longest):
     model = classifier(model_type=model_type)
     fits = jnp.full((1, longest), 5, jnp.int32)
-    assert jnp.isfinite(model(fits, jnp.ones_like(fits))).all()
+    assert jnp.isfinite(run(model, fits, jnp.ones_like(fits))).all()
     long = jnp.full((1, longest + 1), 5, jnp.int32)
     with pytest.raises(LoraxError, match=f"has {longest} positions"):
-        model(long, jnp.ones_like(long))
+        run(model, long, jnp.ones_like(long))
 
 
 def test_graph_definitions_are_equal_and_static(write_checkpoint, load, tmp_path, batch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from causal_zoo import SIDES, load_lm, ragged, torch_logits, write_lm
 from flax import nnx
+from run_model import quick_jit, run
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
@@ -85,7 +86,7 @@ def test_query_gradient_equals_torch(written, load, model_type, remat):
         return jnp.square(nnx.merge(graphdef, params)(ids, mask) * weights).sum()
 
     kernel = params["decoder"]["layers"][1]["attention"]["query"]["kernel"]
-    got = jax.jit(jax.grad(loss))(kernel)
+    got = quick_jit(jax.grad(loss))(kernel)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
@@ -94,12 +95,12 @@ def test_packed_rows_equal_a_sequence_a_row(written, load, model_type):
     written(model_type)
     model, lengths = load(), (5, 3, 7)
     ids, mask = ragged(lengths=lengths)
-    alone = model(ids, mask)
+    alone = run(model, ids, mask)
     packed = np.concatenate([row[:n] for row, n in zip(ids, lengths, strict=True)] + [[0, 0]])
     numbers = np.repeat([1, 2, 3, 0], (*lengths, 2))
     positions = np.concatenate([np.arange(n) for n in (*lengths, 2)])
     rows = [x[None].astype(np.int32) for x in (packed, numbers, positions)]
-    together = model(rows[0], rows[1], position_ids_BxT=rows[2])
+    together = run(model, rows[0], rows[1], position_ids_BxT=rows[2])
     want = np.concatenate([row[:n] for row, n in zip(alone, lengths, strict=True)])
     np.testing.assert_allclose(together[0, : sum(lengths)], want, rtol=0, atol=1e-5)
 
@@ -110,7 +111,7 @@ def test_later_tokens_change_nothing(written, load, model_type):
     model, (ids, mask) = load(), ragged(lengths=(9, 9))
     other = ids.copy()
     other[:, 5:] = 7
-    got, want = model(other, mask), model(ids, mask)
+    got, want = run(model, other, mask), run(model, ids, mask)
     np.testing.assert_allclose(got[:, :5], want[:, :5], rtol=0, atol=1e-6)
     assert not np.allclose(got[:, 5:], want[:, 5:], atol=1e-3)
 
@@ -121,10 +122,10 @@ def test_steps_with_a_cache_equal_the_whole(written, load, model_type, side):
     written(model_type)
     ids, mask = ragged(side)
     graphdef, state = nnx.split(load())
-    want = nnx.merge(graphdef, state)(ids, mask)
+    want = run(nnx.merge(graphdef, state), ids, mask)
     traces = []
 
-    @jax.jit
+    @quick_jit
     def step(ids, mask, cache):
         traces.append(ids.shape)
         return nnx.merge(graphdef, state)(ids, mask, cache=cache)
@@ -152,7 +153,7 @@ def test_greedy_continuations_equal_transformers(written, load, model_type):
 
     cache = KVCache.empty(model.config, len(ids), ids.shape[1] + new)
     graphdef, state = nnx.split(model)
-    step = jax.jit(lambda ids, mask, cache: nnx.merge(graphdef, state)(ids, mask, cache=cache))
+    step = quick_jit(lambda ids, mask, cache: nnx.merge(graphdef, state)(ids, mask, cache=cache))
     got, chunk, real = [], ids, mask
     for _ in range(new):
         logits, cache = step(chunk, real, cache)
@@ -176,15 +177,15 @@ def test_a_full_cache_is_refused(written, load):
 def test_bf16_is_finite_and_close(written, load, model_type, param_dtype):
     written(model_type)
     ids, mask = ragged("left")
-    want = np.asarray(load()(ids, mask))
+    want = np.asarray(run(load(), ids, mask))
     half = load(dtype=jnp.bfloat16, param_dtype=param_dtype)
     assert {x.dtype for x in jax.tree.leaves(params_of(half))} == {jnp.dtype(param_dtype)}
-    got, cached = half(ids, mask), KVCache.empty(half.config, len(ids), 12, jnp.bfloat16)
+    got, cached = run(half, ids, mask), KVCache.empty(half.config, len(ids), 12, jnp.bfloat16)
     assert got.dtype == jnp.float32
     assert jnp.isfinite(got).all()  # of padding, too, that attends to nothing
     real = mask.astype(bool)
     assert np.abs(got - want)[real].mean() < 0.02 * np.abs(want[real]).mean()
-    logits, cached = half(ids, mask, cache=cached)
+    logits, cached = run(half, ids, mask, cache=cached)
     assert cached.keys[0].dtype == jnp.bfloat16
     assert np.abs(logits - want)[real].mean() < 0.02 * np.abs(want[real]).mean()
 

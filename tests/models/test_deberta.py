@@ -4,12 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoder_helpers import (
+    NO_DROPOUT,
+    encoded_texts,
+    outputs_alone,
+    outputs_packed,
+    random_classifier,
+)
 from flax import nnx
+from run_model import run
 
-from lorax import data
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, resolve
-from lorax.models import SequenceClassifier, hf_module
+from lorax.models import hf_module
 from lorax.models.classifier import POOLINGS
 from lorax.models.deberta import DebertaConfig, relative_rows
 
@@ -30,8 +37,6 @@ V3 = {
     "position_biased_input": False,
 }
 CONFIG = {"model_type": "deberta-v2", **SIZES}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-LENGTHS = (3, 17, 9, 1, 12, 6, 20, 5)
 CONV = {"conv_kernel_size": 3, "conv_act": "gelu"}  # as the 1.5B model has it
 ONE_LAYER = {"num_hidden_layers": 1}
 UNSHARED = V3 | {"share_att_key": False}
@@ -83,20 +88,8 @@ def torch_outputs(model, arrays):
 
 
 def classifier(pooling="mean", attention="einsum", remat=False, **options):
-    """A model with large random weights, biases and relative positions among them."""
-    model = SequenceClassifier(
-        DebertaConfig.from_hf(CONFIG | options),
-        3,
-        pooling=pooling,
-        attention=attention,
-        remat=remat,
-        rngs=nnx.Rngs(0),
-    )
-    graphdef, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    large = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, large))
+    config = DebertaConfig.from_hf(CONFIG | options)
+    return random_classifier(config, pooling, attention, remat=remat)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -105,7 +98,8 @@ def test_hidden_states_equal_transformers(write_deberta, load, batch, options, s
     model = write_deberta(**options)
     arrays = ragged(batch, side, options)
     want = torch_outputs(model, arrays).last_hidden_state.detach().numpy()
-    np.testing.assert_allclose(load().encoder(*arrays), want, rtol=0, atol=1e-5)  # padding's, too
+    got = run(load().encoder, *arrays)  # padding's, too
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -114,7 +108,7 @@ def test_logits_equal_transformers(write_deberta, load, batch, options, side):
     model = write_deberta(head=True, num_labels=3, **options)
     arrays = ragged(batch, side, options)
     want = torch_outputs(model, arrays).logits.detach().numpy()
-    np.testing.assert_allclose(load(3, pooling="pooler")(*arrays), want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run(load(3, pooling="pooler"), *arrays), want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("buckets", "farthest"), [(256, 512), (6, 32), (5, 7), (-1, 512), (-1, 9)])
@@ -166,57 +160,29 @@ def test_the_head_drops_at_its_own_rate(batch):
     assert rngs.dropout.count[...] == 1
 
 
-@pytest.fixture
-def encoded():
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(2, 50, n).astype(np.int32) for n in LENGTHS]
-    types = [(np.arange(n) > n // 2).astype(np.int32) for n in LENGTHS]
-    return data.Encoded(ids, types, np.zeros(len(LENGTHS), np.int32))
-
-
-def packed_outputs(model, encoded):
-    layout = data.choose_layout(encoded.lengths, len(LENGTHS) + 2)
-    placed = data.fit(encoded.lengths, layout.row_length)
-    assert len(placed) < 5 < len(LENGTHS)
-    batch = data.collate(encoded, np.arange(len(LENGTHS)), placed, layout, rows=len(placed) + 1)
-    outputs = model(
-        batch["input_ids"],
-        batch["segment_ids"],
-        batch["token_type_ids"],
-        position_ids_BxT=batch["position_ids"],
-        first_tokens_N=batch["first_tokens"],
-    )
-    assert jnp.isfinite(outputs).all()
-    return np.asarray(outputs)[: len(LENGTHS)]
-
-
 @pytest.mark.parametrize(
     "options", [V3, UNSHARED | {"position_biased_input": True}, V3 | CONV, CONV | ONE_LAYER]
 )
 @pytest.mark.parametrize(("attention", "remat"), [("einsum", True), ("xla", False)])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_packed_rows_equal_a_sequence_a_row(encoded, pooling, attention, remat, options):
+def test_packed_rows_equal_a_sequence_a_row(pooling, attention, remat, options):
     options = {"type_vocab_size": 2, **options, **NO_DROPOUT}
-    model = classifier(pooling, attention, remat, **options)
-    padded = data.pad(encoded, np.arange(len(LENGTHS)))
-    inputs = (padded[name] for name in ("input_ids", "attention_mask", "token_type_ids"))
-    alone = np.asarray(model(*inputs))
-    assert np.ptp(alone, axis=0).min() > 0.05
-    np.testing.assert_allclose(packed_outputs(model, encoded), alone, rtol=1e-5, atol=1e-5)
+    model, encoded = classifier(pooling, attention, remat, **options), encoded_texts()
+    alone = outputs_alone(model, encoded)
+    np.testing.assert_allclose(outputs_packed(model, encoded), alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_xla_attention_equals_einsum(batch, side):
     arrays = ragged(batch, side, V3)
-    plain, fused = (
-        classifier("pooler", attention=a, **V3, **NO_DROPOUT)(*arrays) for a in ("einsum", "xla")
-    )
+    models = (classifier("pooler", attention=a, **V3, **NO_DROPOUT) for a in ("einsum", "xla"))
+    plain, fused = (run(model, *arrays) for model in models)
     np.testing.assert_allclose(fused, plain, atol=1e-6)
 
 
 def test_an_empty_sequence_gives_finite_logits():
     ids = jnp.ones((1, 4), jnp.int32)
-    assert jnp.isfinite(classifier(**V3)(ids, jnp.zeros_like(ids))).all()
+    assert jnp.isfinite(run(classifier(**V3), ids, jnp.zeros_like(ids))).all()
 
 
 @pytest.mark.usefixtures("mixed")
@@ -228,11 +194,11 @@ def test_bf16_is_finite_and_close(write_deberta, load, batch, attention, param_d
     options = {"attention": attention, "dropout": 0.0}
     half = load(dtype=jnp.bfloat16, param_dtype=param_dtype, **options)
     assert half.encoder.relative.embedding.dtype == param_dtype
-    assert half.encoder(*arrays).dtype == jnp.bfloat16
-    assert half(*arrays).dtype == jnp.float32
+    assert run(half.encoder, *arrays).dtype == jnp.bfloat16
+    assert run(half, *arrays).dtype == jnp.float32
     real = arrays[1].astype(bool)
-    got = np.asarray(half.encoder(*arrays)[real], np.float32)
-    want = np.asarray(load(**options).encoder(*arrays)[real])
+    got = np.asarray(run(half.encoder, *arrays)[real], np.float32)
+    want = np.asarray(run(load(**options).encoder, *arrays)[real])
     assert np.abs(got - want).mean() < 0.02 * np.abs(want).mean()
 
 
@@ -240,7 +206,7 @@ def test_bf16_is_finite_and_close(write_deberta, load, batch, attention, param_d
 def test_each_dropout_acts_alone(batch, site):
     arrays = ragged(batch, "right", V3)
     model = classifier("pooler", remat=True, **V3, **(NO_DROPOUT | {site: 0.5}))
-    assert not np.allclose(model(*arrays), model(*arrays, rngs=nnx.Rngs(dropout=0)))
+    assert not np.allclose(run(model, *arrays), run(model, *arrays, rngs=nnx.Rngs(dropout=0)))
 
 
 @pytest.mark.parametrize(
@@ -277,6 +243,6 @@ def test_sizes_are_refused_by_name():
         DebertaConfig.from_hf(CONFIG | {"num_attention_heads": 5})
     long = jnp.full((1, 33), 5, jnp.int32)
     model = classifier(**V3)
-    assert jnp.isfinite(model(long[:, :32], long[:, :32])).all()
+    assert jnp.isfinite(run(model, long[:, :32], long[:, :32])).all()
     with pytest.raises(LoraxError, match="has 32 positions"):
-        model(long, long)
+        run(model, long, long)

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from causal_zoo import GPT2, SIDES, load_lm, ragged, torch_logits, write_lm
 from flax import nnx
+from run_model import run
 
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
@@ -22,7 +23,7 @@ def test_logits_equal_transformers(tmp_path, options, side):
     model = write_lm(tmp_path, "gpt2", **options)
     ids, mask = ragged(side)
     want = torch_logits(model, ids, mask).detach().numpy()
-    got = load_lm(tmp_path)(ids, mask)
+    got = run(load_lm(tmp_path), ids, mask)
     real = mask.astype(bool)
     np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
 
@@ -32,7 +33,9 @@ def test_last_positions_equal_transformers(tmp_path):
     ids, mask = ragged(lengths=(64, 60))
     want = torch_logits(model, ids, mask).detach().numpy()
     real = mask.astype(bool)
-    np.testing.assert_allclose(load_lm(tmp_path)(ids, mask)[real], want[real], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        run(load_lm(tmp_path), ids, mask)[real], want[real], rtol=0, atol=1e-5
+    )
 
 
 def test_xla_attention_equals_einsum(tmp_path):
@@ -40,7 +43,7 @@ def test_xla_attention_equals_einsum(tmp_path):
     ids, mask = ragged()
     real = mask.astype(bool)
     models = [load_lm(tmp_path, attention=name, dropout=0.0) for name in ("xla", "einsum")]
-    got, want = (model(ids, mask)[real] for model in models)
+    got, want = (run(model, ids, mask)[real] for model in models)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -49,7 +52,9 @@ def test_each_dropout_acts_alone(site):
     rates = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, site: 0.5}
     model = CausalLM(Gpt2Config.from_hf(GIVEN | rates), rngs=nnx.Rngs(0))
     ids, mask = ragged()
-    assert not np.allclose(model(ids, mask), model(ids, mask, rngs=nnx.Rngs(dropout=0)), atol=1e-6)
+    assert not np.allclose(
+        run(model, ids, mask), run(model, ids, mask, rngs=nnx.Rngs(dropout=0)), atol=1e-6
+    )
 
 
 def test_absent_options_are_those_of_transformers():
@@ -78,4 +83,4 @@ def test_sequences_beyond_the_positions_are_refused(tmp_path):
     write_lm(tmp_path, "gpt2")
     ids = np.ones((1, 65), np.int32)
     with pytest.raises(LoraxError, match="has 64 positions"):
-        load_lm(tmp_path)(ids, ids)
+        run(load_lm(tmp_path), ids, ids)

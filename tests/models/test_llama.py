@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
+from run_model import run
 
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
@@ -31,7 +32,7 @@ def test_logits_equal_transformers(tmp_path, variant, side):
     model = write_lm(tmp_path, model_type, **options)
     ids, mask = ragged(side)
     want = torch_logits(model, ids, mask).detach().numpy()
-    got = load_lm(tmp_path)(ids, mask)
+    got = run(load_lm(tmp_path), ids, mask)
     assert got.dtype == jnp.float32
     real = mask.astype(bool)
     np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
@@ -78,7 +79,9 @@ def test_attention_dropout_acts_and_needs_einsum():
 
     config = LlamaConfig.from_hf({"model_type": "llama", **LLAMA, "attention_dropout": 0.5})
     model, (ids, mask) = CausalLM(config, rngs=nnx.Rngs(0)), ragged()
-    assert not np.allclose(model(ids, mask), model(ids, mask, rngs=nnx.Rngs(dropout=0)), atol=1e-6)
+    assert not np.allclose(
+        run(model, ids, mask), run(model, ids, mask, rngs=nnx.Rngs(dropout=0)), atol=1e-6
+    )
     with pytest.raises(LoraxError, match="cannot drop attention"):
         CausalLM(config, attention="xla", rngs=nnx.Rngs(0))
 
@@ -88,7 +91,8 @@ def test_xla_attention_equals_einsum(tmp_path, side):
     write_lm(tmp_path, "qwen3")
     ids, mask = ragged(side)
     real = mask.astype(bool)
-    got, want = (load_lm(tmp_path, attention=name)(ids, mask)[real] for name in ("xla", "einsum"))
+    models = (load_lm(tmp_path, attention=name) for name in ("xla", "einsum"))
+    got, want = (run(model, ids, mask)[real] for model in models)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -4,12 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from encoder_helpers import (
+    NO_DROPOUT,
+    encoded_texts,
+    outputs_alone,
+    outputs_packed,
+    random_classifier,
+)
 from flax import nnx
+from run_model import run
 
-from lorax import data
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, resolve
-from lorax.models import SequenceClassifier, hf_module
+from lorax.models import hf_module
 from lorax.models.classifier import POOLINGS
 from lorax.models.mpnet import MPNetConfig, relative_buckets
 
@@ -22,8 +29,6 @@ SIZES = {
     "max_position_embeddings": 32,
 }
 CONFIG = {"model_type": "mpnet", **SIZES}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-LENGTHS = (3, 17, 9, 1, 12, 6, 20, 5)
 VARIANTS = [
     {},
     {"num_attention_heads": 1, "hidden_act": "relu", "layer_norm_eps": 1e-5},
@@ -65,20 +70,8 @@ def torch_outputs(model, arrays):
 
 
 def classifier(pooling="mean", attention="einsum", remat=False, **options):
-    """A model with large random weights, biases and the table of distances among them."""
-    model = SequenceClassifier(
-        MPNetConfig.from_hf(CONFIG | options),
-        3,
-        pooling=pooling,
-        attention=attention,
-        remat=remat,
-        rngs=nnx.Rngs(0),
-    )
-    graphdef, state = nnx.split(model)
-    leaves, tree = jax.tree.flatten(state)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    large = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graphdef, jax.tree.unflatten(tree, large))
+    config = MPNetConfig.from_hf(CONFIG | options)
+    return random_classifier(config, pooling, attention, remat=remat)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -88,7 +81,7 @@ def test_hidden_states_equal_transformers(write_mpnet, load, batch, options, sid
     arrays = ragged(batch, side, options)
     want = torch_outputs(model, arrays).last_hidden_state.detach().numpy()
     real = arrays[1].astype(bool)
-    np.testing.assert_allclose(load().encoder(*arrays)[real], want[real], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run(load().encoder, *arrays)[real], want[real], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -97,7 +90,7 @@ def test_logits_equal_transformers(write_mpnet, load, batch, options, side):
     model = write_mpnet(head=True, num_labels=3, **options)
     arrays = ragged(batch, side, options)
     want = torch_outputs(model, arrays).logits.detach().numpy()
-    np.testing.assert_allclose(load(3, pooling="pooler")(*arrays), want, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(run(load(3, pooling="pooler"), *arrays), want, rtol=0, atol=1e-5)
 
 
 def test_buckets_equal_transformers():
@@ -142,45 +135,19 @@ def test_a_base_checkpoint_gives_a_fresh_head(write_mpnet, load):
     assert not np.allclose(zero, one)
 
 
-@pytest.fixture
-def encoded():
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(2, 50, n).astype(np.int32) for n in LENGTHS]
-    return data.Encoded(ids, [0 * i for i in ids], np.zeros(len(LENGTHS), np.int32))
-
-
-def packed_outputs(model, encoded):
-    layout = data.choose_layout(encoded.lengths, len(LENGTHS) + 2)
-    placed = data.fit(encoded.lengths, layout.row_length)
-    assert len(placed) < 5 < len(LENGTHS)
-    batch = data.collate(encoded, np.arange(len(LENGTHS)), placed, layout, rows=len(placed) + 1)
-    outputs = model(
-        batch["input_ids"],
-        batch["segment_ids"],
-        position_ids_BxT=batch["position_ids"],
-        first_tokens_N=batch["first_tokens"],
-    )
-    assert jnp.isfinite(outputs).all()
-    return np.asarray(outputs)[: len(LENGTHS)]
-
-
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("attention", ["einsum", "xla"])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_packed_rows_equal_a_sequence_a_row(encoded, pooling, attention, remat):
-    model = classifier(pooling, attention, remat, **NO_DROPOUT)
-    padded = data.pad(encoded, np.arange(len(LENGTHS)))
-    real = padded["attention_mask"]
-    ids = np.where(real, padded["input_ids"], 1)  # positions are counted from the ids
-    alone = np.asarray(model(ids, real))
-    assert np.ptp(alone, axis=0).min() > 0.05
-    np.testing.assert_allclose(packed_outputs(model, encoded), alone, rtol=1e-5, atol=1e-5)
+def test_packed_rows_equal_a_sequence_a_row(pooling, attention, remat):
+    model, encoded = classifier(pooling, attention, remat, **NO_DROPOUT), encoded_texts(types=1)
+    alone = outputs_alone(model, encoded, pad=1)  # positions are counted from the ids
+    np.testing.assert_allclose(outputs_packed(model, encoded), alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_xla_attention_equals_einsum(batch, side):
     arrays = ragged(batch, side, {})
-    plain, fused = (classifier(attention=a, **NO_DROPOUT)(*arrays) for a in ("einsum", "xla"))
+    plain, fused = (run(classifier(attention=a, **NO_DROPOUT), *arrays) for a in ("einsum", "xla"))
     np.testing.assert_allclose(fused, plain, atol=1e-6)
 
 
@@ -193,11 +160,11 @@ def test_bf16_is_finite_and_close(write_mpnet, load, batch, attention, param_dty
     options = {"attention": attention, "dropout": 0.0}
     half = load(dtype=jnp.bfloat16, param_dtype=param_dtype, **options)
     assert half.encoder.relative_bias.embedding.dtype == param_dtype
-    assert half.encoder(ids, mask).dtype == jnp.bfloat16
-    assert half(ids, mask).dtype == jnp.float32
+    assert run(half.encoder, ids, mask).dtype == jnp.bfloat16
+    assert run(half, ids, mask).dtype == jnp.float32
     real = mask.astype(bool)
-    got = np.asarray(half.encoder(ids, mask)[real], np.float32)
-    want = np.asarray(load(**options).encoder(ids, mask)[real])
+    got = np.asarray(run(half.encoder, ids, mask)[real], np.float32)
+    want = np.asarray(run(load(**options).encoder, ids, mask)[real])
     assert np.abs(got - want).mean() < 0.02 * np.abs(want).mean()
 
 
@@ -206,7 +173,7 @@ def test_bf16_is_finite_and_close(write_mpnet, load, batch, attention, param_dty
 def test_each_dropout_acts_alone(batch, site, remat):
     arrays = ragged(batch, "right", {})
     model = classifier("pooler", remat=remat, **(NO_DROPOUT | {site: 0.5}))
-    assert not np.allclose(model(*arrays), model(*arrays, rngs=nnx.Rngs(dropout=0)))
+    assert not np.allclose(run(model, *arrays), run(model, *arrays, rngs=nnx.Rngs(dropout=0)))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +205,6 @@ def test_sizes_are_refused_by_name():
         MPNetConfig.from_hf(CONFIG | {"num_attention_heads": 5})
     long = jnp.full((1, 31), 5, jnp.int32)
     model = classifier()
-    assert jnp.isfinite(model(long[:, :30], long[:, :30])).all()
+    assert jnp.isfinite(run(model, long[:, :30], long[:, :30])).all()
     with pytest.raises(LoraxError, match="has 30 positions"):
-        model(long, long)
+        run(model, long, long)

@@ -1,12 +1,15 @@
 """Rotary positions of every kind against transformers, and what a sequence's length changes."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
+from run_model import run
 
 from lorax.errors import LoraxError
 from lorax.models.llama import LlamaConfig
 from lorax.models.rope import Rope
+from lorax.models.rope_frequencies import dynamic
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -42,7 +45,9 @@ def test_logits_equal_transformers(tmp_path, rope, side):
     ids, mask = ragged(side)
     want = torch_logits(model, ids, mask).detach().numpy()
     real = mask.astype(bool)
-    np.testing.assert_allclose(load_lm(tmp_path)(ids, mask)[real], want[real], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        run(load_lm(tmp_path), ids, mask)[real], want[real], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -50,7 +55,7 @@ def test_logits_equal_transformers(tmp_path, rope, side):
 def test_each_row_turns_by_its_own_length(tmp_path, options, side):
     write_lm(tmp_path, **options)
     ids, mask = ragged(side)
-    got, real = load_lm(tmp_path)(ids, mask), mask.astype(bool)
+    got, real = run(load_lm(tmp_path), ids, mask), mask.astype(bool)
     for row in range(len(ids)):
         # Another model each time, as theirs remembers the longest sequence that it has seen.
         theirs = write_lm(tmp_path, **options)
@@ -63,10 +68,10 @@ def test_each_row_turns_by_its_own_length(tmp_path, options, side):
 def test_sequences_of_one_row_turn_by_their_own_lengths(tmp_path, options):
     write_lm(tmp_path, **options)
     model, (ids, mask) = load_lm(tmp_path), ragged(lengths=(9, 4, 7))
-    want, real = model(ids, mask), mask.astype(bool)
+    want, real = run(model, ids, mask), mask.astype(bool)
     numbers, positions = np.arange(1, 4)[:, None] * mask, np.cumsum(mask, 1) - 1
     ids, numbers, positions = (x[real][None] for x in (ids, numbers, positions))
-    got = model(ids, numbers, position_ids_BxT=positions)
+    got = run(model, ids, numbers, position_ids_BxT=positions)
     np.testing.assert_allclose(got[0], want[real], rtol=0, atol=1e-5)
 
 
@@ -116,16 +121,23 @@ def test_what_is_not_served_is_refused_by_name(named, rope):
         LlamaConfig.from_hf({"model_type": "llama", **LLAMA, "rope_parameters": rope})
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", "dynamic", "longrope"])
-def test_long_positions_equal_transformers(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "longest"),
+    [
+        *((kind, 16384) for kind in ("default", "linear", "llama3", "yarn", "longrope")),
+        ("dynamic", 4096),  # XLA's powers, 3e-7 off, are angles of 1e-3 at the end of 16,384
+    ],
+)
+def test_long_positions_equal_transformers(tmp_path, kind, longest):
     rope = LLAMA3 | {"rope_type": kind, "original_max_position_embeddings": 2048}
     rope |= {name: list(np.linspace(1, most, 32)) for name, most in FACTORS.items()}
-    options = {"head_dim": 64, "max_position_embeddings": 16384, "rope_parameters": rope}
+    made_for = 1024 if kind == "dynamic" else longest
+    options = {"head_dim": 64, "max_position_embeddings": made_for, "rope_parameters": rope}
     model = write_lm(tmp_path, "llama", **options)
     ids, mask = ragged(lengths=(400,))
-    positions = np.sort(np.random.default_rng(0).choice(16384, (1, 400), replace=False))
+    positions = np.sort(np.random.default_rng(0).choice(longest, (1, 400), replace=False))
     want = torch_logits(model, ids, mask, positions).detach().numpy()
-    got = load_lm(tmp_path)(ids, mask, position_ids_BxT=positions.astype(np.int32))
+    got = run(load_lm(tmp_path), ids, mask, position_ids_BxT=positions.astype(np.int32))
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -140,6 +152,19 @@ def test_frequencies_equal_transformers(model_type):
     got = Rope.from_hf({"rope_parameters": rope, "model_type": model_type}).frequencies(128)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, want.numpy(), rtol=3e-7)
+
+
+@pytest.mark.parametrize("length", [100, 2049, 5000, 16384])
+def test_dynamic_frequencies_equal_transformers(length):
+    modeling = pytest.importorskip("transformers.modeling_rope_utils")
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    rope = {"rope_type": "dynamic", "rope_theta": 5e5, "factor": 8.0}
+    given = {"max_position_embeddings": 2048, "rope_parameters": rope}
+    config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128} | given)
+    init = modeling.ROPE_INIT_FUNCTIONS["dynamic"]
+    want, _ = init(config, "cpu", seq_len=torch.tensor(length))
+    got = dynamic(Rope.from_hf(given), jnp.full((1, 1), length), 128)
+    np.testing.assert_allclose(got[0], want.numpy(), rtol=5e-7)  # four last bits: a power's
 
 
 @pytest.mark.parametrize("length", [64, 4096])
