@@ -9,6 +9,7 @@ from typing import Any
 from lorax.errors import LoraxError
 
 _COLDEST = 1e-30  # logits divided by less would overflow float32
+_STEEPEST = 8  # powers of lengths stay within float32
 
 
 def is_whole(value: Any, least: int) -> bool:
@@ -35,7 +36,10 @@ _RIGHT: dict[str, tuple[str, Any]] = {
     "top_k": ("a whole number from 1, or 0 for all words", lambda x: is_whole(x, 0)),
     "top_p": ("in (0, 1]", lambda x: _is_real(x, 0) and 0 < x <= 1),
     "num_beams": ("a whole number from 1", lambda x: is_whole(x, 1)),
-    "length_penalty": ("a number", _is_real),
+    "length_penalty": (
+        f"a number from -{_STEEPEST} to {_STEEPEST}",
+        lambda x: _is_real(x, -_STEEPEST) and x <= _STEEPEST,
+    ),
     "early_stopping": ("True, False or 'never'", lambda x: isinstance(x, bool) or x == "never"),
     "no_repeat_ngram_size": ("a whole number from 1, or 0 for off", lambda x: is_whole(x, 0)),
     "eos_token_id": ("one id or several", lambda ids: all(is_whole(x, 0) for x in _several(ids))),

@@ -36,6 +36,11 @@ def load_config(model: ModelConfig, *, is_decoder: bool = False) -> Any:
         family = family_of(given.get("model_type", "bert"))
         if family.is_decoder != is_decoder:
             raise LoraxError(_other_kind(given.get("model_type", "bert"), is_decoder))
+        if is_decoder and model.pooling != ModelConfig.pooling:
+            raise LoraxError(
+                f"model.pooling={model.pooling}: a language model has no head that reads pooled "
+                f"tokens; leave it at {ModelConfig.pooling}"
+            )
         config = family.config.from_hf(given)
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None

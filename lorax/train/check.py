@@ -52,10 +52,8 @@ def check_config(config: TrialConfig) -> None:
             f"train.label_smoothing={train.label_smoothing}: task {task.name} is a regression, "
             "which has no classes to smooth over"
         )
-    if train.mode == "head" and not task.num_outputs:
-        raise LoraxError(
-            f"train.mode=head: task {task.name} has no head to train; take lora or full"
-        )
+    if not task.num_outputs:
+        _refuse_head_settings(config)
     if train.mode == "full" and train.base_dtype != "fp32":
         raise LoraxError(
             f"train.base_dtype={train.base_dtype} is for a frozen base; train.mode=full needs fp32"
@@ -66,6 +64,16 @@ def check_config(config: TrialConfig) -> None:
             f"{config.sweep.mesh.fsdp}, which cuts kernels: take bf16, or fsdp=1"
         )
     _check_optimizer(config)
+
+
+def _refuse_head_settings(config: TrialConfig) -> None:
+    """A language model has none: these would make another trial of it, and change nothing."""
+    name = config.task.name
+    if config.train.mode == "head":
+        raise LoraxError(f"train.mode=head: task {name} has no head to train; take lora or full")
+    if config.optimizer.head_lr is not None:
+        given = config.optimizer.head_lr
+        raise LoraxError(f"optimizer.head_lr={given}: task {name} has no head; leave it null")
 
 
 def _check_optimizer(config: TrialConfig) -> None:

@@ -17,7 +17,6 @@ from run_model import run
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, resolve
 from lorax.models import hf_module
-from lorax.models.classifier import POOLINGS
 from lorax.models.deberta import DebertaConfig, relative_rows
 
 SIZES = {
@@ -40,6 +39,7 @@ CONFIG = {"model_type": "deberta-v2", **SIZES}
 CONV = {"conv_kernel_size": 3, "conv_act": "gelu"}  # as the 1.5B model has it
 ONE_LAYER = {"num_hidden_layers": 1}
 UNSHARED = V3 | {"share_att_key": False}
+POSITIONED = UNSHARED | {"position_biased_input": True}
 VARIANTS = [
     V3,
     {},
@@ -161,10 +161,22 @@ def test_the_head_drops_at_its_own_rate(batch):
 
 
 @pytest.mark.parametrize(
-    "options", [V3, UNSHARED | {"position_biased_input": True}, V3 | CONV, CONV | ONE_LAYER]
+    ("pooling", "attention", "remat", "options"),
+    [  # every pooling, attention and kind of model meets each of the others'
+        ("mean", "einsum", True, V3),
+        ("mean", "xla", False, POSITIONED),
+        ("mean", "einsum", False, V3 | CONV),
+        ("mean", "xla", True, CONV | ONE_LAYER),
+        ("cls", "xla", True, V3),
+        ("cls", "einsum", True, POSITIONED),
+        ("cls", "xla", False, V3 | CONV),
+        ("cls", "einsum", False, CONV | ONE_LAYER),
+        ("pooler", "xla", False, V3),
+        ("pooler", "einsum", False, POSITIONED),
+        ("pooler", "einsum", True, V3 | CONV),
+        ("pooler", "xla", True, CONV | ONE_LAYER),
+    ],
 )
-@pytest.mark.parametrize(("attention", "remat"), [("einsum", True), ("xla", False)])
-@pytest.mark.parametrize("pooling", POOLINGS)
 def test_packed_rows_equal_a_sequence_a_row(pooling, attention, remat, options):
     options = {"type_vocab_size": 2, **options, **NO_DROPOUT}
     model, encoded = classifier(pooling, attention, remat, **options), encoded_texts()

@@ -35,7 +35,8 @@ def pairs(tmp_path_factory):
 @pytest.fixture
 def trial(world, base, pairs, tmp_path):
     def make(**changes):
-        config = world.trial(tmp_path, model={"source": str(base), "name": "lm"}, **changes)
+        model = {"source": str(base), "name": "lm", **changes.pop("model", {})}
+        config = world.trial(tmp_path, model=model, **changes)
         config.task = dataclasses.replace(
             config.task,
             **{"name": "instructions", "data_dir": str(pairs), "max_length": 24}
@@ -190,6 +191,8 @@ def test_a_gradient_reaches_the_adapter_by_target_tokens_alone(trial):
     ("changes", "match"),
     [
         ({"train": {"mode": "head"}}, r"train\.mode=head: task instructions has no head"),
+        ({"optimizer": {"head_lr": 0.1}}, r"optimizer\.head_lr=0\.1: .* has no head"),
+        ({"model": {"pooling": "cls"}}, r"model\.pooling=cls: a language model has no head"),
         ({"task": {"max_length": 65}}, r"task\.max_length=65 is above the 64 positions"),
         ({"task": {"data_dir": None}}, r"task instructions reads your own files"),
     ],
