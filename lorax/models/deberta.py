@@ -260,15 +260,6 @@ class Attention(encoder.Attention):
         return jnp.take_along_axis(all_BxHxTxR, rows_BxTxS[:, None], axis=3, mode="clip")
 
 
-def may_attend(mask_BxT: jax.Array) -> jax.Array:
-    """(B, T, S): to its own sequence's tokens; padding, as in transformers, to none.
-
-    What padding gets is then the mean over the row. A head reads that of rows padded on the left.
-    """
-    query_BxTx1, key_Bx1xS = mask_BxT[:, :, None], mask_BxT[:, None, :]
-    return (key_Bx1xS != 0) & (query_BxTx1 == key_Bx1xS)
-
-
 class Encoder(encoder.Encoder):
     """A DeBERTa-v2 encoder without a head; see `lorax.models.encoder.Encoder`."""
 
@@ -292,37 +283,41 @@ class Encoder(encoder.Encoder):
                 make=make,
             )
 
-    def embed(
-        self,
-        ids_BxT: jax.Array,
-        mask_BxT: jax.Array,
-        types_BxT: jax.Array | None,
-        positions_BxT: jax.Array | None,
-        rngs: nnx.Rngs | None,
-    ) -> jax.Array:
-        """What the first layer takes: (B, T, D)."""
-        positions_BxT = self._positions(ids_BxT, positions_BxT)
-        return self.embeddings(ids_BxT, mask_BxT, types_BxT, positions_BxT, rngs)
-
-    def may_attend(self, mask_BxT: jax.Array) -> jax.Array:
-        """(B, T, S): where tokens attend to."""
-        return may_attend(mask_BxT)
-
-    def _positions(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
-        """Without positions, those of a sequence a row: the columns."""
+    def positions(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> jax.Array:
+        """Where they are not given, those of a sequence a row: the columns."""
         if positions_BxT is not None:
             return positions_BxT
         check_length(ids_BxT, self.config.max_length)
         return jnp.broadcast_to(jnp.arange(ids_BxT.shape[1])[None], ids_BxT.shape)
 
-    def relation(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> Relative | None:
+    def embed(
+        self,
+        ids_BxT: jax.Array,
+        mask_BxT: jax.Array,
+        types_BxT: jax.Array | None,
+        positions_BxT: jax.Array,
+        rngs: nnx.Rngs | None,
+    ) -> jax.Array:
+        """What the first layer takes: (B, T, D)."""
+        return self.embeddings(ids_BxT, mask_BxT, types_BxT, positions_BxT, rngs)
+
+    def may_attend(self, mask_BxT: jax.Array) -> jax.Array:
+        """(B, T, S): to its own sequence's tokens; padding, as in transformers, to none.
+
+        What padding gets is then the mean over the row. A head reads that of rows padded on the
+        left.
+        """
+        query_BxTx1, key_Bx1xS = mask_BxT[:, :, None], mask_BxT[:, None, :]
+        return (key_Bx1xS != 0) & (query_BxTx1 == key_Bx1xS)
+
+    def relation(self, ids_BxT: jax.Array, positions_BxT: jax.Array) -> Relative | None:
         """None: distances do not count."""
+        del ids_BxT
         if not any(map(self.config.uses, _ATTENDED)):
             return None
         table_1xRxD = self.relative.embedding[...][None].astype(jnp.float32)
         if self.config.norm_rel_ebd == "layer_norm":
             table_1xRxD = self.relative_norm(table_1xRxD)
-        positions_BxT = self._positions(ids_BxT, positions_BxT)
         return Relative(table_1xRxD, relative_rows(self.config, positions_BxT))
 
     def run_layers(

@@ -21,7 +21,8 @@ class Decoder(nnx.Module):
     Layers are called as (x, mask, rotation, past, rngs) -> (x, past).
 
     Args:
-      config: the architecture.
+      config: the architecture. Beside sizes it has `attention_dropout`, `windows` (of each layer
+        the columns that a token attends to; None: all), `num_key_value_heads` and `head_dim`.
       attention: `einsum` (plain), or `xla` or `cudnn` of `jax.nn.dot_product_attention`, which
         cannot drop attention probabilities; `cudnn` needs a GPU and bfloat16.
       dtype: of matrix products and activations; norms' statistics, softmax and the turning by

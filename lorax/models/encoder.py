@@ -21,7 +21,9 @@ class Embeddings(nnx.Module):
     """Word embeddings, with those of positions and of token types if any, summed and normalised.
 
     Args:
-      config: `first_position` above 0 means that positions are counted over real tokens.
+      config: of a family of encoders. It has `embedding_size` (None: `hidden_size`),
+        `type_vocab_size` (0: none) and `first_position`, the row of the table that a sequence's
+        first token takes: above 0, positions count real tokens.
       make: the network's maker.
     """
 
@@ -199,20 +201,25 @@ class Encoder(nnx.Module):
         """All modules but the layers."""
         self.embeddings: Any = Embeddings(self.config, make)
 
+    def positions(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> Any:
+        """What `embed` and `relation` take for positions."""
+        del ids_BxT
+        return positions_BxT
+
     def embed(
         self,
         ids_BxT: jax.Array,
         mask_BxT: jax.Array,
         types_BxT: jax.Array | None,
-        positions_BxT: jax.Array | None,
+        positions_BxT: Any,
         rngs: nnx.Rngs | None,
     ) -> jax.Array:
         """What the first layer takes: (B, T, D)."""
         del mask_BxT
         return self.embeddings(ids_BxT, types_BxT, positions_BxT, rngs)
 
-    def relation(self, ids_BxT: jax.Array, positions_BxT: jax.Array | None) -> Any:
-        """What all layers' `bias` needs to know of the tokens."""
+    def relation(self, ids_BxT: jax.Array, positions_BxT: Any) -> Any:
+        """What the `bias` of all layers is made from: a table, the distances between tokens."""
         del ids_BxT, positions_BxT
 
     def may_attend(self, mask_BxT: jax.Array) -> jax.Array:
@@ -265,10 +272,11 @@ class Encoder(nnx.Module):
         Raises:
           LoraxError: without `position_ids_BxT`, T exceeds the model's positions.
         """
+        positions_BxT = self.positions(input_ids_BxT, position_ids_BxT)
         x_BxTxD = self.embed(
-            input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, position_ids_BxT, rngs
+            input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, positions_BxT, rngs
         )
-        relation = self.relation(input_ids_BxT, position_ids_BxT)
+        relation = self.relation(input_ids_BxT, positions_BxT)
         return self.run_layers(
             self.layers, x_BxTxD, attention_mask_BxT, relation, rngs=rngs, only=only
         )

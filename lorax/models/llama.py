@@ -30,6 +30,7 @@ _SERVED: dict[str, tuple[Any, ...]] = {
 _NAMES = {"rope": "", "windows": ""}  # read apart
 # What transformers takes where config.json does not say.
 _KEY_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_POSITIONS = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}
 _WINDOWS = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
 _QWEN_FULL_LAYERS = 28
 _QWEN3_HEAD = 128
@@ -83,12 +84,7 @@ class LlamaConfig:
             raise LoraxError(
                 f"num_attention_heads={heads} is no multiple of num_key_value_heads={groups}"
             )
-        for given in (self.rope.short, self.rope.long):
-            if given and len(given) != self.head_dim // 2:
-                raise LoraxError(
-                    f"config.json: rope_type='longrope' with {len(given)} factors for heads of "
-                    f"{self.head_dim // 2} frequencies"
-                )
+        self.rope.check_width(self.head_dim)
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
 
@@ -101,6 +97,9 @@ class LlamaConfig:
             that is absent.
         """
         served = {"model_type": tuple(FAMILIES), **_SERVED}
+        if config.get("max_position_embeddings") is None:
+            positions = _POSITIONS.get(config.get("model_type", "llama"), 2048)
+            config = {**config, "max_position_embeddings": positions}
         found = read_config(cls, config, served=served, names=_NAMES)
         kind = found.get("model_type", "llama")
         if kind not in ("llama", "qwen3"):

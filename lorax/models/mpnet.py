@@ -53,6 +53,7 @@ class MPNetConfig:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
+    # What `Embeddings` asks, and MPNet has none of.
     embedding_size: ClassVar[None] = None
     type_vocab_size: ClassVar[int] = 0
 

@@ -27,6 +27,18 @@ _KINDS: dict[str, dict[str, str]] = {
     "longrope": {"short": "short_factor", "long": "long_factor"},
 }
 _BY_LENGTH = ("dynamic", "longrope")
+_LISTS = {"short_factor", "long_factor"}
+_NUMBERS = {
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_slow",
+    "beta_fast",
+    "attention_factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ class Rope:
         Raises:
           LoraxError: a kind that is not served, or one without its numbers.
         """
-        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        config = {name: value for name, value in config.items() if value is not None}
+        given = _checked(config.get("rope_parameters") or config.get("rope_scaling") or {})
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in _KINDS or any(isinstance(value, dict) for value in given.values()):
             kind = kind if kind not in _KINDS else "one for each kind of layer"
@@ -78,18 +91,17 @@ class Rope:
         if given.get("partial_rotary_factor") not in (None, 1.0):
             share = given["partial_rotary_factor"]
             raise LoraxError(f"config.json: partial_rotary_factor={share} is not one of: 1.0")
-        theta = float(given.get("rope_theta") or config.get("rope_theta") or cls.theta)
+        theta = float(given.get("rope_theta", config.get("rope_theta", cls.theta)))
         needed = _KINDS[kind]
-        if absent := [name for name in needed.values() if given.get(name) is None]:
+        if absent := [name for name in needed.values() if name not in given]:
             raise LoraxError(f"config.json: rope_type={kind!r} without {', '.join(absent)}")
-        numbers: dict[str, Any] = {field: _number(given[name]) for field, name in needed.items()}
-        rope = cls(kind, theta, **numbers)
+        rope = cls(kind, theta, **{field: given[name] for field, name in needed.items()})
         if kind in ("default", "linear"):
             return rope
         length = most = config.get("max_position_embeddings", 2048)
         if kind != "dynamic":
             name = "original_max_position_embeddings"
-            length = config.get(name) or given.get(name) or most
+            length = _checked(config).get(name) or given.get(name) or most
         rope = dataclasses.replace(rope, original_length=length)
         if kind == "yarn":
             return dataclasses.replace(rope, **_yarn(given))
@@ -124,25 +136,64 @@ class Rope:
             sequences_BxT = jnp.zeros_like(positions_BxT)
         lengths_BxTx1x1 = _lengths(positions_BxT, sequences_BxT)[:, :, None, None]
         if self.kind == "dynamic":
-            return dynamic(self, lengths_BxTx1x1, width)
-        long_1x1x1xF = jnp.asarray(longrope(self, width, self.long))[None, None, None]
-        return jnp.where(lengths_BxTx1x1 > self.original_length, long_1x1x1xF, plain_1x1x1xF)
+            long_BxTx1xF = dynamic(self, width, lengths_BxTx1x1)
+        else:
+            long_BxTx1xF = jnp.asarray(longrope(self, width, self.long))[None, None, None]
+        return jnp.where(lengths_BxTx1x1 > self.original_length, long_BxTx1xF, plain_1x1x1xF)
 
     def frequencies(self, width: int) -> np.ndarray:
         """(F,) radians a position, of sequences not longer than `original_length`."""
         return FREQUENCIES[self.kind](self, width)
 
     def reach(self, max_positions: int) -> int:
-        """Most tokens a sequence, of a model whose `max_position_embeddings` is this."""
-        if self.kind in ("linear", "dynamic"):
+        """Most tokens a sequence, of a model whose `max_position_embeddings` is this.
+
+        That is the length before stretching where `dynamic` or `yarn` is added to a model; of the
+        other kinds it says how far they were stretched.
+        """
+        if self.kind == "dynamic":
             return int(self.factor * max_positions)
         if self.kind == "yarn":
             return max(max_positions, int(self.factor * self.original_length))
         return max_positions
 
+    def check_width(self, width: int) -> None:
+        """Refuses heads that cannot be turned so.
 
-def _number(given: Any) -> Any:
-    return tuple(map(float, given)) if isinstance(given, list | tuple) else float(given)
+        Raises:
+          LoraxError: naming what does not fit.
+        """
+        if width % 2:
+            raise LoraxError(f"head_dim={width} is odd: rotary positions turn pairs")
+        if self.kind == "dynamic" and width == 2:
+            raise LoraxError("rope_type='dynamic' stretches no wave of head_dim=2")
+        for name, given in (("short_factor", self.short), ("long_factor", self.long)):
+            if self.kind == "longrope" and len(given) != width // 2:
+                raise LoraxError(
+                    f"config.json: {name} has {len(given)} numbers for the {width // 2} "
+                    f"frequencies of head_dim={width}"
+                )
+
+
+def _checked(given: Any) -> dict[str, Any]:
+    """Rotary options without nulls, their numbers finite and above zero, lists as tuples."""
+    if not isinstance(given, Mapping):
+        raise LoraxError(f"config.json: rope_scaling={given!r} is not a dict")
+    found = {name: value for name, value in given.items() if value is not None}
+    for name in _LISTS & found.keys():
+        values = found[name]
+        if not isinstance(values, list | tuple) or not all(map(_is_positive, values)):
+            raise LoraxError(f"config.json: {name}={values!r} is not a list of positive numbers")
+        found[name] = tuple(map(float, values))
+    for name in _NUMBERS & found.keys():
+        if not _is_positive(found[name]):
+            raise LoraxError(f"config.json: {name}={found[name]!r} is not a positive number")
+    return found
+
+
+def _is_positive(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf
 
 
 def _lengths(positions_BxT: jax.Array, sequences_BxT: jax.Array) -> jax.Array:
@@ -153,17 +204,19 @@ def _lengths(positions_BxT: jax.Array, sequences_BxT: jax.Array) -> jax.Array:
 
 def _longrope_scale(given: Mapping[str, Any], most: int, length: int) -> float:
     """What `rope_parameters` say, or the paper's value."""
-    if given.get("attention_factor") is not None:
+    if "attention_factor" in given:
         return float(given["attention_factor"])
-    factor = float(given.get("factor") or most / length)
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+    factor = given.get("factor", most / length)
+    if factor <= 1 or length == 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(length))
 
 
 def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:
     """What `rope_parameters` say of yarn, or the paper's values."""
     scale = given.get("attention_factor")
     if scale is None:
-        factor = float(given["factor"])
+        factor = given["factor"]
         above, below = given.get("mscale"), given.get("mscale_all_dim")
         scale = _mscale(factor, 1.0)
         if above and below:

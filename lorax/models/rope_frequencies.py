@@ -72,8 +72,8 @@ def longrope(rope: "Rope", width: int, divisors: tuple[float, ...]) -> np.ndarra
     return np.float32(1) / (np.asarray(divisors, np.float32) * _powers(rope, width))
 
 
-def dynamic(rope: "Rope", lengths: jax.Array, width: int) -> jax.Array:
-    """(..., F) frequencies of sequences of these lengths, (..., 1): a longer one's base is larger.
+def dynamic(rope: "Rope", width: int, lengths: jax.Array) -> jax.Array:
+    """(..., F) frequencies of long sequences, lengths (..., 1): a longer one's base is larger.
 
     The longest wave of a sequence is stretched by `factor` times its length over
     `original_length`, less (`factor` - 1); the shortest stays ("NTK-aware" scaling).

@@ -1,4 +1,4 @@
-"""A model's output from one compiled program: operations by themselves take one each."""
+"""A model's output from one compiled program; called plainly, each operation would be compiled."""
 
 import functools
 

@@ -40,7 +40,8 @@ def test_logits_equal_transformers(tmp_path, variant, side):
 
 def test_absent_options_are_those_of_transformers():
     transformers = pytest.importorskip("transformers")
-    sizes = {k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads")}
+    given = ("head_dim", "num_key_value_heads", "max_position_embeddings")
+    sizes = {k: v for k, v in LLAMA.items() if k not in given}
     sizes |= {"num_attention_heads": 32, "hidden_size": 64}
     for model_type in FAMILIES:
         theirs = transformers.AutoConfig.for_model(model_type, **sizes)

@@ -1,5 +1,6 @@
 """Rotary positions of every kind against transformers, and what a sequence's length changes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,18 +76,21 @@ def test_sequences_of_one_row_turn_by_their_own_lengths(tmp_path, options):
     np.testing.assert_allclose(got[0], want[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", BY_LENGTH)
-def test_generation_equals_transformers_across_the_length(tmp_path, options):
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("options", BY_LENGTH[:2])
+def test_generation_equals_transformers_across_the_length(tmp_path, options, beams):
     from generation_helpers import ids_of, prompts_of, reference
 
     from lorax.generation import GenerationConfig, generate
 
-    new = 9 if "max_position_embeddings" in options else 12
-    theirs = write_lm(tmp_path, **options)
-    ids, mask = ragged("left", lengths=(3,))
-    want, _ = reference(theirs, ids, mask, new=new)
-    made = generate(load_lm(tmp_path), prompts_of(ids, mask), GenerationConfig(max_new_tokens=new))
-    assert ids_of(made) == want
+    write_lm(tmp_path, **options)
+    prompts = prompts_of(*ragged("left", lengths=(3, 7, 2)))
+    model, new = load_lm(tmp_path), 12
+    made = generate(model, prompts, GenerationConfig(max_new_tokens=new, num_beams=beams))
+    for ids, prompt in zip(ids_of(made), prompts, strict=True):
+        theirs = write_lm(tmp_path, **options)
+        alone = prompt[None], np.ones((1, len(prompt)), np.int32)
+        assert [ids] == reference(theirs, *alone, new=new, num_beams=beams)[0]
 
 
 def test_models_reach_as_far_as_they_are_stretched():
@@ -95,7 +99,7 @@ def test_models_reach_as_far_as_they_are_stretched():
 
     assert reach() == 64
     assert reach(rope_scaling={"type": "dynamic", "factor": 2.0}) == 128
-    assert reach(rope_scaling={"type": "linear", "factor": 2.5}) == 160
+    assert reach(rope_scaling={"type": "linear", "factor": 2.5}) == 64
     assert reach(rope_parameters=LLAMA3) == 64
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     assert reach(rope_parameters=yarn) == 256
@@ -108,7 +112,13 @@ def test_models_reach_as_far_as_they_are_stretched():
     [
         ("rope_type='proportional'", {"rope_type": "proportional"}),
         ("without short_factor, long_factor", {"rope_type": "longrope", "factor": 2.0}),
-        ("with 2 factors for heads of 3", LONGROPE | {"long_factor": [1.0, 2.0]}),
+        ("long_factor has 2 numbers for the 3 ", LONGROPE | {"long_factor": [1.0, 2.0]}),
+        ("short_factor has 0 numbers", LONGROPE | {"short_factor": []}),
+        ("long_factor=2.0 is not a list", LONGROPE | {"long_factor": 2.0}),
+        (r"short_factor=\[1, 0, 2\] is not", LONGROPE | {"short_factor": [1, 0, 2]}),
+        (r"factor=\[2.0\] is not a positive", {"rope_type": "linear", "factor": [2.0]}),
+        ("factor=inf is not a positive", {"rope_type": "dynamic", "factor": float("inf")}),
+        ("attention_factor='1' is not", LONGROPE | {"attention_factor": "1"}),
         ("without factor", {"type": "dynamic"}),
         ("without factor", {"type": "linear"}),
         ("without factor", {"rope_type": "yarn"}),
@@ -163,8 +173,16 @@ def test_dynamic_frequencies_equal_transformers(length):
     config = transformers.LlamaConfig(**LLAMA | {"head_dim": 128} | given)
     init = modeling.ROPE_INIT_FUNCTIONS["dynamic"]
     want, _ = init(config, "cpu", seq_len=torch.tensor(length))
-    got = dynamic(Rope.from_hf(given), jnp.full((1, 1), length), 128)
+    got = dynamic(Rope.from_hf(given), 128, jnp.full((1, 1), length))
     np.testing.assert_allclose(got[0], want.numpy(), rtol=5e-7)  # four last bits: a power's
+
+
+def test_dynamic_changes_nothing_up_to_the_length_it_was_made_for():
+    def cosines(rope):
+        return jax.jit(lambda x: rope.rotation(x, 128)[0])(jnp.arange(4096)[None])
+
+    given = {"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 8.0}}
+    np.testing.assert_array_equal(cosines(Rope.from_hf(given)), cosines(Rope()))
 
 
 @pytest.mark.parametrize("length", [64, 4096])
@@ -197,5 +215,11 @@ def test_old_names_of_rotary_options_are_read():
     for name in ("rope_type", "type"):
         given = {"rope_theta": 5e5, "rope_scaling": old | {name: "llama3"}}
         assert Rope.from_hf(given) == Rope.from_hf({"rope_parameters": LLAMA3})
+    name = "original_max_position_embeddings"
+    old = {k: v for k, v in LONGROPE.items() if k not in ("rope_type", "rope_theta", name)}
+    given = {name: 5, "rope_theta": 100, "rope_scaling": old | {"type": "longrope"}}
+    assert Rope.from_hf(given) == Rope.from_hf({"rope_parameters": LONGROPE})
+    with pytest.raises(LoraxError, match="rope_scaling='linear' is not a dict"):
+        Rope.from_hf({"rope_scaling": "linear"})
     assert Rope.from_hf({"rope_scaling": None, "rope_theta": 1e6}) == Rope(theta=1e6)
     assert Rope.from_hf({}) == Rope()
