@@ -82,7 +82,7 @@ class Rope:
         Raises:
           LoraxError: a kind that is not served, or one without its numbers.
         """
-        config = {name: value for name, value in config.items() if value is not None}
+        config = _checked(config)
         given = _checked(config.get("rope_parameters") or config.get("rope_scaling") or {})
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in _KINDS or any(isinstance(value, dict) for value in given.values()):
@@ -101,7 +101,7 @@ class Rope:
         length = most = config.get("max_position_embeddings", 2048)
         if kind != "dynamic":
             name = "original_max_position_embeddings"
-            length = _checked(config).get(name) or given.get(name) or most
+            length = config.get(name) or given.get(name) or most
         rope = dataclasses.replace(rope, original_length=length)
         if kind == "yarn":
             return dataclasses.replace(rope, **_yarn(given))

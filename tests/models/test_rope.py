@@ -221,5 +221,7 @@ def test_old_names_of_rotary_options_are_read():
     assert Rope.from_hf(given) == Rope.from_hf({"rope_parameters": LONGROPE})
     with pytest.raises(LoraxError, match="rope_scaling='linear' is not a dict"):
         Rope.from_hf({"rope_scaling": "linear"})
+    with pytest.raises(LoraxError, match="rope_theta='1e4' is not a positive number"):
+        Rope.from_hf({"rope_theta": "1e4"})
     assert Rope.from_hf({"rope_scaling": None, "rope_theta": 1e6}) == Rope(theta=1e6)
     assert Rope.from_hf({}) == Rope()
