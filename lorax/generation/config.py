@@ -9,7 +9,7 @@ from typing import Any
 from lorax.errors import LoraxError
 
 _COLDEST = 1e-30  # logits divided by less would overflow float32
-_STEEPEST = 8  # powers of lengths stay within float32
+_STEEPEST = 40  # powers of lengths stay within float64
 
 
 def is_whole(value: Any, least: int) -> bool:

@@ -155,7 +155,7 @@ def test_a_texts_first_space_is_kept():
         ({"max_new_tokens": 0}, "max_new_tokens=0 is not a whole number from 1"),
         ({"max_new_tokens": 2.5}, "max_new_tokens=2.5 is not a whole number from 1"),
         ({"length_penalty": "long"}, "length_penalty='long' is not a number"),
-        ({"length_penalty": -1000}, "length_penalty=-1000 is not a number from -8 to 8"),
+        ({"length_penalty": -1000}, "length_penalty=-1000 is not a number from -40 to 40"),
         ({"early_stopping": "always"}, "early_stopping='always' is not True, False or 'never'"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not one id or several"),
         ({"stop": 3}, "stop=3 is not one text or several"),
