@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from lorax.errors import LoraxError
 from lorax.models import decoder
 from lorax.models.causal import Past, attend_to_past
-from lorax.models.family import Family, Rule, read_config
+from lorax.models.family import Family, Rule, check_heads, read_config
 from lorax.models.functions import ACTIVATIONS
 from lorax.models.layers import Maker, split_heads
 from lorax.models.rope import Rope, Rotation, rotate
@@ -74,9 +74,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         width, heads = self.hidden_size, self.num_attention_heads
         if not self.head_dim:
-            if width % heads:
-                name = "num_attention_heads"
-                raise LoraxError(f"hidden_size={width} is no multiple of {name}={heads}")
+            check_heads(self)
             object.__setattr__(self, "head_dim", width // heads)
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", heads)

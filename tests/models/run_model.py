@@ -2,11 +2,10 @@
 
 import functools
 
-import jax
 from flax import nnx
+from lora_helpers import quick_jit
 
-# Small programs that run once: LLVM's optimizing costs more than it saves.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+__all__ = ["quick_jit", "run"]
 
 
 @functools.partial(quick_jit, static_argnums=0)

@@ -21,7 +21,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
-# Of 6 tokens a head, made for 5 tokens, so that rows of 9 and 7 tokens of `ragged` are long.
+# Heads of 3 frequencies, made for 5 tokens, so that rows of 9 and 7 tokens of `ragged` are long.
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
