@@ -1,5 +1,12 @@
 import pytest
-from synthetic_sweep import make_config, make_result, write_halved_sweep, write_sweep, write_trial
+
+from tests.helpers.synthetic_sweep import (
+    make_config,
+    make_result,
+    write_halved_sweep,
+    write_sweep,
+    write_trial,
+)
 
 
 @pytest.fixture

@@ -7,13 +7,6 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from synthetic_sweep import (
-    make_config,
-    make_cut_result,
-    make_result,
-    write_sweep,
-    write_trial,
-)
 
 from experiments.report import main
 from lorax.analysis import write_report
@@ -23,6 +16,13 @@ from lorax.analysis.groups import group_trials
 from lorax.analysis.report import build_report
 from lorax.analysis.results import read_sweep
 from lorax.errors import LoraxError
+from tests.helpers.synthetic_sweep import (
+    make_config,
+    make_cut_result,
+    make_result,
+    write_sweep,
+    write_trial,
+)
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "img", "link", "br", "hr", "input"}

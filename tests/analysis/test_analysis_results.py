@@ -2,10 +2,10 @@ import json
 import math
 
 import pytest
-from synthetic_sweep import make_config, make_cut_result, make_result, write_trial
 
 from lorax.analysis.results import read_sweep
 from lorax.errors import LoraxError
+from tests.helpers.synthetic_sweep import make_config, make_cut_result, make_result, write_trial
 
 
 def test_reads_config_result_and_curves(sweep):

@@ -3,13 +3,6 @@ import io
 import random
 
 import pytest
-from synthetic_sweep import (
-    make_config,
-    make_cut_result,
-    make_result,
-    write_sweep,
-    write_trial,
-)
 
 from lorax.analysis.groups import (
     MISSING,
@@ -23,6 +16,13 @@ from lorax.analysis.groups import (
 from lorax.analysis.render import escape_latex, to_csv, to_latex, to_markdown, to_text
 from lorax.analysis.results import read_sweep
 from lorax.analysis.table import best_table, cut_table, settings_table
+from tests.helpers.synthetic_sweep import (
+    make_config,
+    make_cut_result,
+    make_result,
+    write_sweep,
+    write_trial,
+)
 
 
 def groups_of(path):

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from asset_table import Archive, Asset
-from gguf_zoo import random_llama, write_gguf
+
+from tests.helpers.gguf_zoo import random_llama, write_gguf
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "fetch_assets.py"
 PARTS = ("cut-1", "cut-2", "cut-3")

@@ -6,7 +6,14 @@ import jax
 import numpy as np
 import pytest
 from gguf_to_hf import main
-from gguf_zoo import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from lorax.config import ModelConfig
+from lorax.data import load_tokenizer
+from lorax.models import load_causal_lm
+from tests.helpers.gguf_zoo import (
     CORPUS,
     SIZES,
     TEMPLATE,
@@ -16,13 +23,6 @@ from gguf_zoo import (
     vocabulary,
     write_gguf,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file
-
-from lorax.config import ModelConfig
-from lorax.data import load_tokenizer
-from lorax.models import load_causal_lm
 
 IDS = np.random.default_rng(0).integers(3, 300, (2, 9))
 

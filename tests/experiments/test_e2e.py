@@ -4,12 +4,12 @@ import csv
 import json
 
 import pytest
-from causal_zoo import WORDS, write_lm_base
 
 from experiments import e2e
 from lorax import data
 from lorax.errors import LoraxError
 from lorax.generation.scores import score_texts
+from tests.helpers.causal_zoo import WORDS, write_lm_base
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from causal_zoo import torch_logits, write_lm_base, write_text
 
 from experiments import style
 from lorax import data
 from lorax.errors import LoraxError
+from tests.helpers.causal_zoo import torch_logits, write_lm_base, write_text
 
 LINE = "w9 w8 w7 w6.\n"
 

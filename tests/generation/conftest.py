@@ -1,6 +1,7 @@
 import jax
 import pytest
-from causal_zoo import load_lm, write_lm
+
+from tests.helpers.causal_zoo import load_lm, write_lm
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from causal_zoo import ragged
-from generation_helpers import EOS, ids_of, prompts_of, reference
 
 from lorax.generation import GenerationConfig, generate
+from tests.helpers.causal_zoo import ragged
+from tests.helpers.generation import EOS, ids_of, prompts_of, reference
 
 NEW = 14
 OFTEN = (19, 30, 47)  # ids that end several hypotheses soon

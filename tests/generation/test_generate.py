@@ -3,15 +3,15 @@
 import jax
 import numpy as np
 import pytest
-from causal_zoo import load_lm, ragged, write_lm
 from flax import nnx
-from generation_helpers import EOS, ids_of, prompts_of, reference
 
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, beam, generate, sample
 from lorax.generation.text import text_after
 from lorax.lora import LoraSpec, adapt, adapt_rows, init, merge, stack_adapters
 from lorax.models import DECODERS
+from tests.helpers.causal_zoo import load_lm, ragged, write_lm
+from tests.helpers.generation import EOS, ids_of, prompts_of, reference
 
 tokenizers = pytest.importorskip("tokenizers")
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generation_helpers import ids_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from lorax.generation import GenerationConfig, generate
 from lorax.generation.warp import warp
+from tests.helpers.generation import ids_of
 
 
 def logits_of(seed, rows=32, words=61):

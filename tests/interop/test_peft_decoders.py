@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import transformers
-from causal_zoo import load_lm, ragged, torch_logits, write_lm
 from flax import nnx
 from hypothesis import given, settings
 from safetensors.numpy import load_file, save_file
@@ -20,6 +19,7 @@ from lorax.interop import load_peft, save_peft
 from lorax.interop.peft_fused import cut, fuse
 from lorax.lora.paths import leaf_path
 from lorax.models import DECODERS, quantize
+from tests.helpers.causal_zoo import load_lm, ragged, torch_logits, write_lm
 
 LLAMAS = tuple(name for name in DECODERS if name != "gpt2")
 OURS = {

@@ -1,7 +1,8 @@
 """MPNet's weights against their zero-shot score."""
 
 import pytest
-from zero_shot import stsb_spearman
+
+from tests.helpers.zero_shot import stsb_spearman
 
 
 def test_zero_shot_stsb():

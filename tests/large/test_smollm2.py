@@ -5,7 +5,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from gguf_zoo import plain_bpe
 from safetensors.numpy import load_file
 from scipy.special import log_softmax
 
@@ -14,6 +13,7 @@ from lorax.data import load_tokenizer
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
 from lorax.models import load_causal_lm, resolve_source
+from tests.helpers.gguf_zoo import plain_bpe
 
 SOURCE, GGUF = "assets/smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PLAIN = """\

@@ -1,11 +1,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from linen_zoo import CASES as LINEN_CASES
-from llama_dict import make_params
-from nnx_zoo import CASES as NNX_CASES
 
 from lorax import LoraSpec, count_bytes, count_lora_params, count_params, init
+from tests.helpers.linen_zoo import CASES as LINEN_CASES
+from tests.helpers.llama_dict import make_params
+from tests.helpers.nnx_zoo import CASES as NNX_CASES
 
 
 @pytest.mark.parametrize("name", NNX_CASES)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linen_zoo import CASES as LINEN_CASES
-from lora_helpers import assert_bit_equal, assert_close, quick_jit
-from nnx_zoo import CASES as NNX_CASES
 
 import lorax
+from tests.helpers.linen_zoo import CASES as LINEN_CASES
+from tests.helpers.lora import assert_bit_equal, assert_close, quick_jit
+from tests.helpers.nnx_zoo import CASES as NNX_CASES
 
 RATE = 0.3
 

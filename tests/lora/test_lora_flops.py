@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from lora_helpers import with_params
 
 import lorax
+from tests.helpers.lora import with_params
 
 D, DEPTH, BATCH, RANK = 256, 4, 64, 8
 SPEC = lorax.LoraSpec(RANK, alpha=16, targets="all-linear")

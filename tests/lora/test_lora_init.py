@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lora_helpers import assert_bit_equal, assert_close, quick_jit
 
 from lorax import LoraSpec, init
 from lorax.lora.initializers import INITIALIZERS
+from tests.helpers.lora import assert_bit_equal, assert_close, quick_jit
 
 KEY = jax.random.key(3)
 compiled_init = quick_jit(init, static_argnums=2)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from linen_zoo import CASES
-from lora_helpers import assert_bit_equal, assert_close, fresh, observe
 
 import lorax
+from tests.helpers.linen_zoo import CASES
+from tests.helpers.lora import assert_bit_equal, assert_close, fresh, observe
 
 every_case = pytest.mark.parametrize("name", CASES)
 

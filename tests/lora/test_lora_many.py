@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from lora_helpers import assert_bit_equal, assert_close
 
 import lorax
+from tests.helpers.lora import assert_bit_equal, assert_close
 
 PROFILE = settings.get_profile("lora")
 SIZES = {"layers.0.query.kernel": (6, 5), "layers.0.value.kernel": (6, 7), "out.kernel": (5, 6)}

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from lora_helpers import with_params
 
 import lorax
+from tests.helpers.lora import with_params
 
 D, BATCH, TOKENS, RANK = 256, 8, 32, 16
 SPEC = lorax.LoraSpec(RANK, targets="all-linear")

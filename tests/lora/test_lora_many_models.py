@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import GPT2, LLAMA, ragged
 from flax import nnx
 from hypothesis import given, settings
-from lora_helpers import assert_close, quick_jit, randomised
 
 import lorax
 from lorax.errors import LoraxError
 from lorax.models import BertConfig, CausalLM, KVCache, SequenceClassifier
 from lorax.models.gpt2 import Gpt2Config
 from lorax.models.llama import LlamaConfig
+from tests.helpers.causal_zoo import GPT2, LLAMA, ragged
+from tests.helpers.lora import assert_close, quick_jit, randomised
 
 PROFILE = settings.get_profile("lora")
 SPECS = (

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lora_helpers import assert_close, merged_model, nnx_params, quick_jit, randomised
-from nnx_zoo import CASES, EinsumAttention
 
 import lorax
+from tests.helpers.lora import assert_close, merged_model, nnx_params, quick_jit, randomised
+from tests.helpers.nnx_zoo import CASES, EinsumAttention
 
 ROWS = (1, -1, 2, 0, 1)
 RANKS = {0: (1, "lora"), 1: (4, "rslora"), 2: (2, "lora")}

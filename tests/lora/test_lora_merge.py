@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
-from lora_helpers import assert_bit_equal, assert_close, randomised
 
 from lorax import LoraSpec, init, merge, unmerge
+from tests.helpers.lora import assert_bit_equal, assert_close, randomised
 
 PROFILE = settings.get_profile("lora")
 

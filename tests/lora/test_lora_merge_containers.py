@@ -8,9 +8,9 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from flax.core import freeze
-from lora_helpers import assert_close, randomised
 
 from lorax import LoraSpec, init, merge
+from tests.helpers.lora import assert_close, randomised
 
 W = jax.random.normal(jax.random.key(0), (6, 6))
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from lora_helpers import (
+
+import lorax
+from tests.helpers.lora import (
     assert_bit_equal,
     assert_close,
     fresh,
@@ -17,9 +19,7 @@ from lora_helpers import (
     randomised,
     with_params,
 )
-from nnx_zoo import CASES
-
-import lorax
+from tests.helpers.nnx_zoo import CASES
 
 every_case = pytest.mark.parametrize("name", CASES)
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from lora_helpers import nnx_params
 
 import lorax
+from tests.helpers.lora import nnx_params
 
 RNGS = nnx.Rngs(0)
 LAYERS = {

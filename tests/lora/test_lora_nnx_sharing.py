@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from lora_helpers import assert_close, merged_model, nnx_params, quick_jit
-from nnx_zoo import Block, Case
 
 import lorax
+from tests.helpers.lora import assert_close, merged_model, nnx_params, quick_jit
+from tests.helpers.nnx_zoo import Block, Case
 
 
 class TwiceTheLayer(nnx.Module):

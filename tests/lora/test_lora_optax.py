@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from lora_helpers import assert_bit_equal, quick_jit, randomised
 
 from lorax import LoraSpec, combine, count_params, init, merge, split, trainable_mask
+from tests.helpers.lora import assert_bit_equal, quick_jit, randomised
 
 D = 8
 KEYS = jax.random.split(jax.random.key(0), 3)

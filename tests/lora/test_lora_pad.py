@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
-from lora_helpers import assert_bit_equal, assert_close, fresh, quick_jit
-from nnx_zoo import CASES
 
 import lorax
+from tests.helpers.lora import assert_bit_equal, assert_close, fresh, quick_jit
+from tests.helpers.nnx_zoo import CASES
 
 PROFILE = settings.get_profile("lora")
 

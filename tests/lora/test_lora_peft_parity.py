@@ -7,9 +7,9 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from lora_helpers import with_params
 
 import lorax
+from tests.helpers.lora import with_params
 
 WIDTHS = {"q_proj": (8, 12), "v_proj": (12, 6)}
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from llama_dict import LAYERS, WIDTHS, forward, forward_unrolled, make_params
-from lora_helpers import assert_close, observe, randomised
 
 import lorax
+from tests.helpers.llama_dict import LAYERS, WIDTHS, forward, forward_unrolled, make_params
+from tests.helpers.lora import assert_close, observe, randomised
 
 IDS = jnp.array([[1, 2, 3, 16], [4, 4, 0, 9]])
 PARAMS = make_params()

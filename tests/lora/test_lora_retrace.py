@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from linen_zoo import CASES as LINEN_CASES
-from lora_helpers import assert_close, quick_jit
-from nnx_zoo import CASES as NNX_CASES
 
 import lorax
+from tests.helpers.linen_zoo import CASES as LINEN_CASES
+from tests.helpers.lora import assert_close, quick_jit
+from tests.helpers.nnx_zoo import CASES as NNX_CASES
 
 
 def ways():

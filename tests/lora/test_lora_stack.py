@@ -5,11 +5,11 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from lora_helpers import assert_bit_equal
 
 import lorax
 from lorax.lora import stack, union, unstack
 from lorax.lora.paths import leaves_by_path
+from tests.helpers.lora import assert_bit_equal
 
 PROFILE = settings.get_profile("lora")
 SIZES = {"layers.0.query.kernel": (3, 4), "layers.0.value.kernel": (3, 3), "blocks.out": (5, 2)}

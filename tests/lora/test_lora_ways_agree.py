@@ -4,9 +4,9 @@ import jax
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-from lora_helpers import assert_close, quick_jit, randomised
 
 import lorax
+from tests.helpers.lora import assert_close, quick_jit, randomised
 
 HEADS, D, FF, T = 2, 8, 12, 5
 

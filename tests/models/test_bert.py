@@ -2,15 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoder_helpers import NO_DROPOUT, random_classifier
 from flax import nnx
-from run_model import run
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models import BertConfig, SequenceClassifier, abstract_model
 from lorax.models.attention import attend
 from lorax.models.functions import ACTIVATIONS, dropout
+from tests.helpers.encoders import NO_DROPOUT, random_classifier
+from tests.helpers.run_model import run
 
 CONFIG = {
     "model_type": "bert",

@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import SIDES, load_lm, ragged, torch_logits, write_lm
 from flax import nnx
-from run_model import quick_jit, run
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
@@ -18,6 +16,8 @@ from lorax.models import load_causal_lm
 from lorax.models.causal_lm import CausalLM, KVCache
 from lorax.models.convert import hf_module, is_transposed
 from lorax.models.families import DECODERS
+from tests.helpers.causal_zoo import SIDES, load_lm, ragged, torch_logits, write_lm
+from tests.helpers.run_model import quick_jit, run
 
 VARIANTS = {
     "llama": {},

@@ -4,20 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoder_helpers import (
+from flax import nnx
+
+from lorax.errors import LoraxError
+from lorax.lora import LoraSpec, resolve
+from lorax.models import hf_module
+from lorax.models.deberta import DebertaConfig, relative_rows
+from tests.helpers.encoders import (
     NO_DROPOUT,
     encoded_texts,
     outputs_alone,
     outputs_packed,
     random_classifier,
 )
-from flax import nnx
-from run_model import run
-
-from lorax.errors import LoraxError
-from lorax.lora import LoraSpec, resolve
-from lorax.models import hf_module
-from lorax.models.deberta import DebertaConfig, relative_rows
+from tests.helpers.run_model import run
 
 SIZES = {
     "vocab_size": 61,

@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import write_lm
-from loading_zoo import DTYPES, MIB, WEIGHTS, load, params_of, write_deep
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models import abstract_model, fits, load_model
+from tests.helpers.causal_zoo import write_lm
+from tests.helpers.loading_zoo import DTYPES, MIB, WEIGHTS, load, params_of, write_deep
 
 
 def wanted_of(folder):

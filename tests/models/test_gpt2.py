@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
-from causal_zoo import GPT2, SIDES, load_lm, ragged, torch_logits, write_lm
 from flax import nnx
-from run_model import run
 
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
 from lorax.models.gpt2 import Gpt2Config
+from tests.helpers.causal_zoo import GPT2, SIDES, load_lm, ragged, torch_logits, write_lm
+from tests.helpers.run_model import run
 
 GIVEN = {"model_type": "gpt2", **GPT2}
 VARIANTS = [

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
-from run_model import run
 
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
 from lorax.models.llama import FAMILIES, LlamaConfig
+from tests.helpers.causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
+from tests.helpers.run_model import run
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 VARIANTS = [

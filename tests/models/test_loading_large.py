@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import write_lm
 from hypothesis import given, settings
-from loading_zoo import DTYPES, MIB, WEIGHTS, load, params_of, write_deep
 from safetensors.numpy import load_file, save_file
 
 from lorax.config import ModelConfig
@@ -17,6 +15,8 @@ from lorax.errors import LoraxError
 from lorax.models import check_checkpoint, quantize
 from lorax.models.stored import StoredTensor, stored_tensors
 from lorax.models.weight import Weight
+from tests.helpers.causal_zoo import write_lm
+from tests.helpers.loading_zoo import DTYPES, MIB, WEIGHTS, load, params_of, write_deep
 
 
 @pytest.fixture(scope="module")

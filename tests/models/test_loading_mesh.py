@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from causal_zoo import write_lm
 
-WORKER = Path(__file__).with_name("loading_worker.py")
+from tests.helpers.causal_zoo import write_lm
+
+WORKER = Path(__file__).parents[1] / "helpers" / "loading_worker.py"
 MESHES = [(1, 1, 8), (2, 2, 2), (8, 1, 1)]
 BASES = ("bert", "gpt2", "llama")
 

@@ -4,21 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from encoder_helpers import (
-    NO_DROPOUT,
-    encoded_texts,
-    outputs_alone,
-    outputs_packed,
-    random_classifier,
-)
 from flax import nnx
-from run_model import run
 
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, resolve
 from lorax.models import hf_module
 from lorax.models.classifier import POOLINGS
 from lorax.models.mpnet import MPNetConfig, relative_buckets
+from tests.helpers.encoders import (
+    NO_DROPOUT,
+    encoded_texts,
+    outputs_alone,
+    outputs_packed,
+    random_classifier,
+)
+from tests.helpers.run_model import run
 
 SIZES = {
     "vocab_size": 61,

@@ -2,16 +2,16 @@
 
 import numpy as np
 import pytest
-from encoder_helpers import (
+
+from lorax.models import BertConfig
+from lorax.models.classifier import POOLINGS
+from tests.helpers.encoders import (
     NO_DROPOUT,
     encoded_texts,
     outputs_alone,
     outputs_packed,
     random_classifier,
 )
-
-from lorax.models import BertConfig
-from lorax.models.classifier import POOLINGS
 
 SIZES = {
     "vocab_size": 50,

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
-from run_model import run
 
 from lorax.errors import LoraxError
 from lorax.models.llama import LlamaConfig
 from lorax.models.rope import Rope
 from lorax.models.rope_frequencies import dynamic
+from tests.helpers.causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
+from tests.helpers.run_model import run
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -79,9 +79,8 @@ def test_sequences_of_one_row_turn_by_their_own_lengths(tmp_path, options):
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("options", BY_LENGTH[:2])
 def test_generation_equals_transformers_across_the_length(tmp_path, options, beams):
-    from generation_helpers import ids_of, prompts_of, reference
-
     from lorax.generation import GenerationConfig, generate
+    from tests.helpers.generation import ids_of, prompts_of, reference
 
     write_lm(tmp_path, **options)
     prompts = prompts_of(*ragged("left", lengths=(3, 7, 2)))

@@ -12,7 +12,7 @@ import pytest
 from lorax.checkpoint import load_adapter
 from lorax.config import MeshConfig
 
-WORKER = Path(__file__).with_name("mesh_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
 EIGHT = "--xla_force_host_platform_device_count=8"
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)]
 

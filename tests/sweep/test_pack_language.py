@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from causal_zoo import write_lm_base, write_pairs
 
 from lorax.sweep import run_packed
 from lorax.train import run_trial
+from tests.helpers.causal_zoo import write_lm_base, write_pairs
 
 KINDS = (
     {"lora": {"rank": 1, "targets": "qv"}},

@@ -13,7 +13,7 @@ from lorax.trial_id import trial_dir
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
 sys.path.insert(0, str(Path(__file__).parent))
-import fake_slurm
+from tests.helpers import fake_slurm
 
 FINETUNE = ("-m", "experiments.finetune")
 LONG = ["lora.rank=1,2", "train.max_steps=600", "train.checkpoint_every=25", "train.eval_every=300"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-WORKER = Path(__file__).with_name("mesh_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
 MESHES = [(4, 2, 1), (2, 2, 2)]  # six lanes, which 4 does not divide
 
 

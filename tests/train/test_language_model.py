@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_zoo import load_lm, write_lm_base, write_pairs, write_text
 
 from lorax import data
 from lorax.errors import LoraxError
@@ -20,6 +19,7 @@ from lorax.train.evaluation import predict_all, score
 from lorax.train.next_tokens import score_examples
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state, predict, train_step
+from tests.helpers.causal_zoo import load_lm, write_lm_base, write_pairs, write_text
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from lora_helpers import randomised
 
 import lorax
+from tests.helpers.lora import randomised
 
 
 class Block(nn.Module):

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from lora_helpers import nnx_params, randomised
 
 import lorax
+from tests.helpers.lora import nnx_params, randomised
 
 
 class Block(nnx.Module):

@@ -3,7 +3,8 @@
 import functools
 
 from flax import nnx
-from lora_helpers import quick_jit
+
+from tests.helpers.lora import quick_jit
 
 __all__ = ["quick_jit", "run"]
 

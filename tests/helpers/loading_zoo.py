@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from causal_zoo import write_lm
 from flax import nnx
 
 from lorax.config import ModelConfig
 from lorax.models import load_model
+from tests.helpers.causal_zoo import write_lm
 
 WEIGHTS = "model.safetensors"
 DTYPES = {

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from run_model import run
 
 from lorax import data
 from lorax.models import SequenceClassifier
+from tests.helpers.run_model import run
 
 LENGTHS = (3, 17, 9, 1, 12, 6, 20, 5)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -1,0 +1,1 @@
+"""The tests; `tests.helpers` is what they share."""

@@ -1,0 +1,1 @@
+"""What tests share: small models, worlds and sweeps, and ways to compare them."""
