@@ -5,9 +5,38 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import programs
 from tests.helpers.world import World, write_base, write_glue
 
 MOST_MAPS = 20_000  # Linux grants 65,530
+LONG = ("tests/sweep", "tests/train")
+APART = ("_kill.py", "_and_resume.py", "_memory.py", "_disk.py", "_disk_faults.py", "_locks.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile as users do for the tests that ask for it: `pytest -m production`."""
+    programs.prepare(is_production=config.option.markexpr == "production")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, so that two processes end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A file's tests in one process, for what they share; one test at a time that kills or fills.
+
+    Two of those would slow each other's processes down, and each waits for a moment in them.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "apart" if file.endswith(APART) else file
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,4 +69,4 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("world")
     write_base(root / "base")
     write_glue(root / "glue", random.Random(0))
-    return World(root / "base", root / "glue", root / "jax-cache")
+    return World(root / "base", root / "glue")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
+import numpy as np
 
 from lorax.config import TrialConfig
 
@@ -18,6 +18,21 @@ ROOT = Path(__file__).resolve().parents[2]
 POLAR = {"negative": ["bad", "dull", "awful", "poor"], "positive": ["good", "fine", "great", "fun"]}
 NEUTRAL = [f"w{n}" for n in range(200)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+BERT = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
 DEFAULTS: dict[str, Any] = {
     "task": {"name": "sst2", "max_length": 16},
     "model": {"name": "tiny", "dropout": 0.0},
@@ -41,7 +56,6 @@ class World:
 
     source: Path
     data_dir: Path
-    cache: Path
 
     def trial(self, output_dir: Path | str = "unused", **changes: Any) -> TrialConfig:
         """A short LoRA trial on SST-2; `train={"max_steps": 9}` and its like change fields."""
@@ -64,18 +78,13 @@ class World:
         return [*flags, "task=sst2", "tracking=none", base, *words, *places, *rest]
 
     def start(self, *arguments: Any, **environment: str) -> subprocess.Popen:
-        """Start `python <arguments>` in the repository, compiled programs kept between calls."""
+        """Start `python <arguments>` in the repository."""
         import os
 
-        cached = {
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env={**os.environ, **cached, **environment},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -104,31 +113,55 @@ class World:
 
 
 def write_base(folder: Path) -> None:
-    """A random BERT of two layers and a word-level tokenizer."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    """A random BERT of two layers and a word-level tokenizer, without PyTorch's help."""
+    import json
+
+    from safetensors.numpy import save_file
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+    folder.mkdir(parents=True)
     words = [*SPECIAL, *POLAR["negative"], *POLAR["positive"], *NEUTRAL]
+    config = {**BERT, "vocab_size": len(words)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    save_file(_bert_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
     vocabulary = {word: n for n, word in enumerate(words)}
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=40,
-    )
-    model = transformers.BertModel(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.2)
-    model.save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _bert_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors of `transformers.BertModel`, drawn from normal(0, 0.2), norms' scales about 1."""
+    d, inner = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], d),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], d),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], d),
+    }
+
+    def linear(name: str, out: int, width: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (out, width), (out,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (d,), (d,)
+
+    norm("embeddings.LayerNorm")
+    for n in range(config["num_hidden_layers"]):
+        layer = f"encoder.layer.{n}"
+        for part in ("self.query", "self.key", "self.value", "output.dense"):
+            linear(f"{layer}.attention.{part}", d, d)
+        norm(f"{layer}.attention.output.LayerNorm")
+        linear(f"{layer}.intermediate.dense", inner, d)
+        linear(f"{layer}.output.dense", d, inner)
+        norm(f"{layer}.output.LayerNorm")
+    linear("pooler.dense", d, d)
+    rng = np.random.default_rng(0)
+    means = {name: float(name.endswith("LayerNorm.weight")) for name in shapes}
+    return {
+        name: rng.normal(means[name], 0.2, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def write_glue(root: Path, rng: random.Random) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.causal_zoo import write_lm
+from tests.helpers.programs import xla_flags
 
 WORKER = Path(__file__).parents[1] / "helpers" / "loading_worker.py"
 MESHES = [(1, 1, 8), (2, 2, 2), (8, 1, 1)]
@@ -17,7 +18,7 @@ BASES = ("bert", "gpt2", "llama")
 
 
 def start(out, folders, meshes, devices, *process):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = xla_flags(f"--xla_force_host_platform_device_count={devices}")
     words = [out, json.dumps([str(f) for f in folders]), json.dumps(meshes), *process]
     return subprocess.Popen(
         [sys.executable, WORKER, *map(str, words)],

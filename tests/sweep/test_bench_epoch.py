@@ -186,7 +186,7 @@ def absent():
     return f"{packages[0]} is not installed" if packages else peft_trial.missing(asked)
 
 
-@pytest.mark.parametrize("way", ["lorax", "peft", "peft-grouped-malloc"])
+@pytest.mark.parametrize("way", ["lorax", "peft-grouped-malloc"])
 def test_an_epoch_of_each_way(way, tmp_path):
     if reason := absent():
         pytest.skip(reason)

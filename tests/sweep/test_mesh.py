@@ -11,9 +11,10 @@ import pytest
 
 from lorax.checkpoint import load_adapter
 from lorax.config import MeshConfig
+from tests.helpers.programs import xla_flags
 
 WORKER = Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
-EIGHT = "--xla_force_host_platform_device_count=8"
+EIGHT = xla_flags("--xla_force_host_platform_device_count=8")
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)]
 
 
@@ -165,7 +166,7 @@ def swept(world, cli, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", EIGHT)
         meshed, *wrong = cli(lines)
-        patch.setenv("XLA_FLAGS", "")
+        patch.setenv("XLA_FLAGS", xla_flags())
         (one,) = cli([world.overrides(root / "one", *GRID, *RECORDS)])
     for ended in (meshed, one):
         assert ended["code"] == 0, ended["err"]

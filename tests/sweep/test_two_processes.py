@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.programs import xla_flags
+
 WORKER = Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
 MESHES = [(4, 2, 1), (2, 2, 2)]  # six lanes, which 4 does not divide
 
@@ -40,7 +42,7 @@ def packs(world, tmp_path_factory):
     write_wide_base(world, root / "wide")
 
     def start(meshes, devices, *process):
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = xla_flags(f"--xla_force_host_platform_device_count={devices}")
         places = root, root / "wide", world.data_dir
         return world.start(WORKER, *places, json.dumps(meshes), *process, XLA_FLAGS=flags)
 
