@@ -57,6 +57,11 @@ def ragged(side="right", lengths=(9, 4, 1, 7), seed=1):
     return ids.astype(np.int32), mask.astype(np.int32)
 
 
+def both_sides():
+    """The rows of `ragged`, padded on the right, and again on the left: one program for both."""
+    return tuple(np.concatenate(pair) for pair in zip(*map(ragged, SIDES), strict=True))
+
+
 def torch_logits(model, ids, mask, positions=None):
     """With positions that count real tokens, as `generate` gives them."""
     import torch

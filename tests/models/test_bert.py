@@ -9,7 +9,7 @@ from lorax.errors import LoraxError
 from lorax.models import BertConfig, SequenceClassifier, abstract_model
 from lorax.models.attention import attend
 from lorax.models.functions import ACTIVATIONS, dropout
-from tests.helpers.encoders import NO_DROPOUT, random_classifier
+from tests.helpers.encoders import NO_DROPOUT, compare, dropout_draws, random_classifier
 from tests.helpers.run_model import run
 
 CONFIG = {
@@ -43,36 +43,31 @@ def torch_batch(arrays):
     return dict(zip(names, (torch.tensor(x, dtype=torch.long) for x in arrays), strict=True))
 
 
-def inputs_of(model_type):
-    """DistilBERT has no token types."""
-    return 2 if model_type == "distilbert" else 3
-
-
 def classifier(pooling="mean", attention="einsum", **config):
     return random_classifier(BertConfig.from_hf(CONFIG | config), pooling, attention)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_hidden_states_equal_transformers(write_checkpoint, load, batch, variant, side):
-    model_type, options = variant
-    model = write_checkpoint(model_type, **options)
-    arrays = batch(model_type, side=side, types=options.get("type_vocab_size", 2))
-    want = model(**torch_batch(arrays[: inputs_of(model_type)])).last_hidden_state.detach().numpy()
-    got = run(load().encoder, *arrays)
-    real = arrays[1].astype(bool)
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def compared(request, tmp_path_factory):
+    model_type, options = request.param
+    return compare(
+        tmp_path_factory.mktemp(model_type),
+        model_type,
+        options,
+        inputs=2 if model_type == "distilbert" else 3,  # it has no token types
+        types=options.get("type_vocab_size", 2),
+    )
+
+
+def test_hidden_states_equal_transformers(compared):
+    want, got = compared.hidden
+    real = compared.real
     np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_transformers(write_checkpoint, load, batch, variant, side):
-    model_type, options = variant
-    model = write_checkpoint(model_type, head=True, num_labels=3, **options)
-    arrays = batch(model_type, side=side, types=options.get("type_vocab_size", 2))
-    want = model(**torch_batch(arrays[: inputs_of(model_type)])).logits.detach().numpy()
-    got = run(load(3, pooling="pooler"), *arrays)
-    assert got.dtype == jnp.float32
+def test_logits_equal_transformers(compared):
+    want, got = compared.logits
+    assert got.dtype == np.float32
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
@@ -189,9 +184,7 @@ def test_each_dropout_acts_alone(batch, model_type, site):
 @pytest.mark.parametrize(("model_type", "draws"), [("bert", 1), ("roberta", 2)])
 def test_roberta_drops_before_its_pooler_too(batch, model_type, draws):
     model = classifier("pooler", model_type=model_type, classifier_dropout=0.5, **NO_DROPOUT)
-    rngs = nnx.Rngs(dropout=0)
-    model(*batch(model_type), rngs=rngs)
-    assert rngs.dropout.count[...] == draws
+    assert dropout_draws(model, batch(model_type)) == draws
 
 
 def test_dropout_rate_and_scale():
@@ -203,12 +196,7 @@ def test_dropout_rate_and_scale():
 
 
 def test_rate_zero_compiles_to_nothing(batch):
-    arrays = batch()
-    model = classifier(**NO_DROPOUT)
-    jaxpr = str(
-        jax.make_jaxpr(lambda key: model(*arrays, rngs=nnx.Rngs(dropout=key)))(jax.random.key(0))
-    )
-    assert "random_bits" not in jaxpr
+    assert dropout_draws(classifier(**NO_DROPOUT), batch()) == 0
 
 
 @pytest.mark.usefixtures("mixed")

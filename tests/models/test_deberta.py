@@ -1,5 +1,7 @@
 """DeBERTa-v2 against `transformers`' own, and several sequences in a row against each alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from lorax.models import hf_module
 from lorax.models.deberta import DebertaConfig, relative_rows
 from tests.helpers.encoders import (
     NO_DROPOUT,
+    compare,
+    dropout_draws,
     encoded_texts,
     outputs_alone,
     outputs_packed,
@@ -56,29 +60,26 @@ VARIANTS = [
 ]
 
 
+LENGTHS = (29, 9, 1, 17)
+
+
+def types_of(options):
+    return max(options.get("type_vocab_size", 0), 1)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def compared(request, tmp_path_factory):
+    shape = {"types": types_of(request.param), "lengths": LENGTHS}
+    return compare(tmp_path_factory.mktemp("deberta"), "deberta-v2", request.param, **shape)
+
+
 @pytest.fixture
-def write_deberta(tmp_path):
-    """Writes a random checkpoint of `transformers` to `tmp_path` and returns the torch model."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-
-    def write(*, head=False, **options):
-        config = transformers.DebertaV2Config(**(SIZES | options))
-        torch.manual_seed(0)
-        name = "DebertaV2ForSequenceClassification" if head else "DebertaV2Model"
-        model = getattr(transformers, name)(config).eval()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.15)
-        model.save_pretrained(tmp_path)
-        return model
-
-    return write
+def write_deberta(write_checkpoint):
+    return functools.partial(write_checkpoint, "deberta-v2")
 
 
 def ragged(batch, side, options):
-    types = max(options.get("type_vocab_size", 0), 1)
-    return batch("bert", side=side, types=types, lengths=(29, 9, 1, 17))
+    return batch("deberta-v2", side=side, types=types_of(options), lengths=LENGTHS)
 
 
 def torch_outputs(model, arrays):
@@ -92,23 +93,22 @@ def classifier(pooling="mean", attention="einsum", remat=False, **options):
     return random_classifier(config, pooling, attention, remat=remat)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("options", VARIANTS)
-def test_hidden_states_equal_transformers(write_deberta, load, batch, options, side):
-    model = write_deberta(**options)
-    arrays = ragged(batch, side, options)
-    want = torch_outputs(model, arrays).last_hidden_state.detach().numpy()
-    got = run(load().encoder, *arrays)  # padding's, too
+def test_hidden_states_equal_transformers(compared):
+    want, got = compared.hidden  # padding's, too
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("options", VARIANTS)
-def test_logits_equal_transformers(write_deberta, load, batch, options, side):
-    model = write_deberta(head=True, num_labels=3, **options)
-    arrays = ragged(batch, side, options)
-    want = torch_outputs(model, arrays).logits.detach().numpy()
-    np.testing.assert_allclose(run(load(3, pooling="pooler"), *arrays), want, rtol=0, atol=1e-5)
+def test_logits_equal_transformers(compared):
+    want, got = compared.logits
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_every_parameter_has_its_torch_name(compared):
+    state = nnx.to_pure_dict(nnx.state(compared.ours))
+    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
+    ours = [".".join(str(key.key) for key in path) for path in paths]
+    theirs = dict(compared.theirs.named_parameters())
+    assert sorted(hf_module(path, "deberta-v2") for path in ours) == sorted(theirs)
 
 
 @pytest.mark.parametrize(("buckets", "farthest"), [(256, 512), (6, 32), (5, 7), (-1, 512), (-1, 9)])
@@ -144,20 +144,11 @@ def test_query_gradient_equals_torch(write_deberta, load, batch, options):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("options", VARIANTS)
-def test_every_parameter_has_its_torch_name(write_deberta, load, options):
-    theirs = dict(write_deberta(head=True, num_labels=3, **options).named_parameters())
-    state = nnx.to_pure_dict(nnx.state(load(3, pooling="pooler")))
-    paths = [path for path, _ in jax.tree.leaves_with_path(state)]
-    ours = [".".join(str(key.key) for key in path) for path in paths]
-    assert sorted(hf_module(path, "deberta-v2") for path in ours) == sorted(theirs)
-
-
 def test_the_head_drops_at_its_own_rate(batch):
     model = classifier("pooler", cls_dropout=0.5, **V3, **NO_DROPOUT)
-    arrays, rngs = ragged(batch, "right", V3), nnx.Rngs(dropout=0)
-    assert not np.allclose(model(*arrays), model(*arrays, rngs=rngs))
-    assert rngs.dropout.count[...] == 1
+    arrays = ragged(batch, "right", V3)
+    assert not np.allclose(run(model, *arrays), run(model, *arrays, rngs=nnx.Rngs(dropout=0)))
+    assert dropout_draws(model, arrays) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from flax import nnx
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
 from lorax.models.gpt2 import Gpt2Config
-from tests.helpers.causal_zoo import GPT2, SIDES, load_lm, ragged, torch_logits, write_lm
+from tests.helpers.causal_zoo import GPT2, both_sides, load_lm, ragged, torch_logits, write_lm
 from tests.helpers.run_model import run
 
 GIVEN = {"model_type": "gpt2", **GPT2}
@@ -17,11 +17,10 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("options", VARIANTS)
-def test_logits_equal_transformers(tmp_path, options, side):
+def test_logits_equal_transformers(tmp_path, options):
     model = write_lm(tmp_path, "gpt2", **options)
-    ids, mask = ragged(side)
+    ids, mask = both_sides()
     want = torch_logits(model, ids, mask).detach().numpy()
     got = run(load_lm(tmp_path), ids, mask)
     real = mask.astype(bool)

@@ -6,7 +6,7 @@ import pytest
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
 from lorax.models.llama import FAMILIES, LlamaConfig
-from tests.helpers.causal_zoo import LLAMA, SIDES, load_lm, ragged, torch_logits, write_lm
+from tests.helpers.causal_zoo import LLAMA, both_sides, load_lm, ragged, torch_logits, write_lm
 from tests.helpers.run_model import run
 
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
@@ -25,12 +25,11 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_transformers(tmp_path, variant, side):
+def test_logits_equal_transformers(tmp_path, variant):
     model_type, options = variant
     model = write_lm(tmp_path, model_type, **options)
-    ids, mask = ragged(side)
+    ids, mask = both_sides()
     want = torch_logits(model, ids, mask).detach().numpy()
     got = run(load_lm(tmp_path), ids, mask)
     assert got.dtype == jnp.float32
@@ -87,10 +86,9 @@ def test_attention_dropout_acts_and_needs_einsum():
         CausalLM(config, attention="xla", rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("side", SIDES)
-def test_xla_attention_equals_einsum(tmp_path, side):
+def test_xla_attention_equals_einsum(tmp_path):
     write_lm(tmp_path, "qwen3")
-    ids, mask = ragged(side)
+    ids, mask = both_sides()
     real = mask.astype(bool)
     models = (load_lm(tmp_path, attention=name) for name in ("xla", "einsum"))
     got, want = (run(model, ids, mask)[real] for model in models)

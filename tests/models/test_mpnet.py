@@ -1,5 +1,7 @@
 """MPNet against `transformers`' own, and several sequences in a row against each alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from lorax.models.classifier import POOLINGS
 from lorax.models.mpnet import MPNetConfig, relative_buckets
 from tests.helpers.encoders import (
     NO_DROPOUT,
+    compare,
     encoded_texts,
     outputs_alone,
     outputs_packed,
@@ -37,30 +40,26 @@ VARIANTS = [
 ]
 
 
+def lengths_of(options):
+    """Long sequences where there are positions, so as to fill all buckets."""
+    return (200, 4, 150) if options.get("max_position_embeddings") == 202 else (9, 4, 1, 7)
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=str)
+def compared(request, tmp_path_factory):
+    shape = {"types": 1, "lengths": lengths_of(request.param)}
+    folder = tmp_path_factory.mktemp("mpnet")
+    return compare(folder, "mpnet", request.param, inputs=2, **shape)
+
+
 @pytest.fixture
-def write_mpnet(tmp_path):
-    """Writes a random checkpoint of `transformers` to `tmp_path` and returns the torch model."""
-    transformers = pytest.importorskip("transformers")
-    torch = pytest.importorskip("torch")
-
-    def write(*, head=False, **options):
-        config = transformers.MPNetConfig(**(SIZES | options))
-        torch.manual_seed(0)
-        name = "MPNetForSequenceClassification" if head else "MPNetModel"
-        model = getattr(transformers, name)(config).eval()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                weight.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.15)
-        model.save_pretrained(tmp_path)
-        return model
-
-    return write
+def write_mpnet(write_checkpoint):
+    return functools.partial(write_checkpoint, "mpnet")
 
 
 def ragged(batch, side, options):
-    """Ids and mask; of long sequences where there are positions, so as to fill all buckets."""
-    lengths = (200, 4, 150) if options.get("max_position_embeddings") == 202 else (9, 4, 1, 7)
-    return batch("roberta", side=side, types=1, lengths=lengths)[:2]  # padded as MPNet's
+    """Ids and mask."""
+    return batch("mpnet", side=side, types=1, lengths=lengths_of(options))[:2]
 
 
 def torch_outputs(model, arrays):
@@ -74,23 +73,15 @@ def classifier(pooling="mean", attention="einsum", remat=False, **options):
     return random_classifier(config, pooling, attention, remat=remat)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("options", VARIANTS)
-def test_hidden_states_equal_transformers(write_mpnet, load, batch, options, side):
-    model = write_mpnet(**options)
-    arrays = ragged(batch, side, options)
-    want = torch_outputs(model, arrays).last_hidden_state.detach().numpy()
-    real = arrays[1].astype(bool)
-    np.testing.assert_allclose(run(load().encoder, *arrays)[real], want[real], rtol=0, atol=1e-5)
+def test_hidden_states_equal_transformers(compared):
+    want, got = compared.hidden
+    real = compared.real
+    np.testing.assert_allclose(got[real], want[real], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("options", VARIANTS)
-def test_logits_equal_transformers(write_mpnet, load, batch, options, side):
-    model = write_mpnet(head=True, num_labels=3, **options)
-    arrays = ragged(batch, side, options)
-    want = torch_outputs(model, arrays).logits.detach().numpy()
-    np.testing.assert_allclose(run(load(3, pooling="pooler"), *arrays), want, rtol=0, atol=1e-5)
+def test_logits_equal_transformers(compared):
+    want, got = compared.logits
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_buckets_equal_transformers():
