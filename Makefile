@@ -1,14 +1,18 @@
 # Everything runs in .venv, made here from pinned versions (constraints.txt).
 PYTHON ?= python3
 PY := .venv/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Modules are compiled when they are first imported: most of what the packages hold never is.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# A process on each core, a file's tests in one of them; they share compiled programs on disk.
+PYTEST := $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
-.PHONY: help ablation test test-large lint setup assets constraints clean
+.PHONY: help ablation test test-fast test-large lint setup assets constraints clean
 
 help:
 	@echo "make ablation   set up, run a real rank ablation, write its report"
 	@echo "make test       set up, run all tests"
+	@echo "make test-fast  set up, run what tells most in three minutes"
 	@echo "make test-large fetch weights of 500 MB, run the tests that need them"
 	@echo "make lint       ruff and mypy"
 
@@ -16,7 +20,11 @@ ablation: .venv/ready assets
 	@$(PY) -m experiments.ablation
 
 test: .venv/ready-test assets
-	@$(PY) -m pytest
+	@$(PYTEST) -m "not production"
+	@$(PYTEST) -m production tests/sweep tests/train
+
+test-fast: .venv/ready-test assets
+	@$(PYTEST) -m "not production and not slow"
 
 test-large: .venv/ready-test
 	@$(PY) scripts/fetch_assets.py mpnet smollm2

@@ -4,15 +4,14 @@ import os
 
 import jax
 
-from lorax.process import cache_dir
-from tests.helpers.world import ROOT
+from lorax.process import cache_dir, cache_root
 
 # Most programs of a test run a few times on a few numbers: LLVM's optimizing costs more than it
 # saves. LORAX_TEST_XLA=production compiles as users do.
 QUICK = "--xla_backend_optimization_level=0"
 # pytest-xdist runs a process on each core: more threads would wait for each other.
 ONE_THREAD = {"NPROC": "1", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-CACHE = ROOT / ".pytest_cache" / "programs" / cache_dir().name
+CACHE = cache_root() / "tests" / cache_dir().name  # programs hold for one kind of machine
 
 
 def xla_flags(*flags: str) -> str:

@@ -27,6 +27,8 @@ from lorax.train.schedule import lr_factor
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
+pytestmark = pytest.mark.production
+
 
 @dataclass
 class Trained:

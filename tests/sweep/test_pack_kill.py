@@ -13,6 +13,8 @@ from lorax.checkpoint import load_adapter
 from lorax.config import HalvingConfig
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.production
+
 TRAIN = {"max_steps": 12, "eval_every": 4, "checkpoint_every": 3, "log_every": 1}
 DROPOUT = {"name": "tiny", "dropout": 0.1}
 COSTS = {

@@ -18,6 +18,8 @@ from lorax.sweep.runner import is_out_of_memory, smaller_packs
 from lorax.train.engine import Solo
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.production
+
 # Trains pickled trials; once the first checkpoint is written, only so many GiB more may be taken:
 # too few for a step, and enough for all else, since LLVM ends a process that it has no memory in.
 LIMITED = """

@@ -7,6 +7,8 @@ import pytest
 
 from lorax.checkpoint import load_adapter
 
+pytestmark = pytest.mark.production
+
 OVERRIDES = [
     "train.max_steps=60",
     "train.checkpoint_every=4",

@@ -7,6 +7,8 @@ import pytest
 from lorax.train import run_trial
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.production
+
 DROPOUT = {"model": {"dropout": 0.2}, "lora": {"rank": 2, "dropout": 0.2}}
 
 
