@@ -21,7 +21,7 @@ ablation: .venv/ready assets
 
 test: .venv/ready-test assets
 	@$(PYTEST) -m "not production"
-	@$(PYTEST) -m production tests/sweep tests/train
+	@$(PYTEST) -m production tests/models tests/sweep tests/train
 
 test-fast: .venv/ready-test assets
 	@$(PYTEST) -m "not production and not slow"
