@@ -37,7 +37,7 @@ from lorax.train.schedule import lr_factor
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
-STEPS = 10
+STEPS = 4
 ROWS = 16
 LANES = [  # six, which neither 4 nor 8 divides
     (0, {"rank": 1, "targets": "q"}, {"lr": 3e-3}),

@@ -77,16 +77,17 @@ class World:
         rest = [word for word in more if word not in flags]
         return [*flags, "task=sst2", "tracking=none", base, *words, *places, *rest]
 
-    def start(self, *arguments: Any, **environment: str) -> subprocess.Popen:
-        """Start `python <arguments>` in the repository."""
+    def start(self, *arguments: Any, reads: bool = False, **environment: str) -> subprocess.Popen:
+        """Start `python <arguments>` in the repository; `reads` gives it an input."""
         import os
 
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
             env={**os.environ, **environment},
+            stdin=subprocess.PIPE if reads else None,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=None if reads else subprocess.PIPE,
             text=True,
         )
 
@@ -112,8 +113,8 @@ class World:
         assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said[-2000:]}"
 
 
-def write_base(folder: Path) -> None:
-    """A random BERT of two layers and a word-level tokenizer, without PyTorch's help."""
+def write_base(folder: Path, std: float = 0.2, **sizes: int) -> None:
+    """A random BERT, of two layers if not told otherwise, and a tokenizer of words."""
     import json
 
     from safetensors.numpy import save_file
@@ -121,9 +122,9 @@ def write_base(folder: Path) -> None:
 
     folder.mkdir(parents=True)
     words = [*SPECIAL, *POLAR["negative"], *POLAR["positive"], *NEUTRAL]
-    config = {**BERT, "vocab_size": len(words)}
+    config = {**BERT, "vocab_size": len(words), **sizes}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    save_file(_bert_weights(config), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_bert_weights(config, std), folder / "model.safetensors", metadata={"format": "pt"})
     vocabulary = {word: n for n, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -131,8 +132,13 @@ def write_base(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def _bert_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The tensors of `transformers.BertModel`, drawn from normal(0, 0.2), norms' scales about 1."""
+def write_wide_base(folder: Path) -> None:
+    """One layer whose kernels are large enough to be cut over `fsdp`: 2**16 elements and more."""
+    write_base(folder, std=0.07, hidden_size=256, intermediate_size=1024, num_hidden_layers=1)
+
+
+def _bert_weights(config: dict[str, Any], std: float) -> dict[str, np.ndarray]:
+    """The tensors of `transformers.BertModel`: normal, norms' scales about 1, the rest about 0."""
     d, inner = config["hidden_size"], config["intermediate_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (config["vocab_size"], d),
@@ -159,7 +165,7 @@ def _bert_weights(config: dict[str, Any]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     means = {name: float(name.endswith("LayerNorm.weight")) for name in shapes}
     return {
-        name: rng.normal(means[name], 0.2, shape).astype(np.float32)
+        name: rng.normal(means[name], std, shape).astype(np.float32)
         for name, shape in shapes.items()
     }
 

@@ -1,42 +1,35 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-# One process for many command lines: each is what `python -m experiments.finetune` runs.
-DRIVER = """
-import contextlib, io, json, sys, traceback
-from hydra.core.global_hydra import GlobalHydra
-from experiments.finetune import finetune
-from lorax.sweep import hydra_main
-
-def run(arguments):
-    GlobalHydra.instance().clear()
-    sys.argv = ["finetune.py", *arguments]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = hydra_main(finetune, "finetune") or 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            code = "raised"
-            traceback.print_exc()
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
-
-json.dump([run(arguments) for arguments in json.loads(sys.argv[1])], sys.__stdout__)
-"""
+Cli = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="session")
-def cli(world) -> Callable[[list[list[str]]], list[dict[str, Any]]]:
-    """Run command lines in one process: the exit code and both streams of each."""
+def cli(world, tmp_path_factory) -> Iterator[Cli]:
+    """Run command lines of experiments.finetune in one process: see `command_server`."""
+    folder = tmp_path_factory.mktemp("commands")
+    server = world.start("-m", "tests.helpers.command_server", reads=True)
+    count = 0
 
-    def run(command_lines: list[list[str]]) -> list[dict[str, Any]]:
-        process = world.start("-c", DRIVER, json.dumps(command_lines))
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        return json.loads(out)
+    def run(command_lines: list[list[str]], **environment: str) -> list[dict[str, Any]]:
+        nonlocal count
+        count += 1
+        file = folder / f"{count}.json"
+        request = {"command_lines": command_lines, "environment": environment, "file": str(file)}
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "0\n", server.poll()
+        return json.loads(file.read_text())
 
-    return run
+    yield run
+    server.stdin.close()
+    server.wait(timeout=60)
+
+
+@pytest.fixture(scope="session")
+def finetune(cli) -> Callable[..., dict[str, Any]]:
+    """Run one command line to its end, where no process of its own is needed for it."""
+    return lambda *words, **environment: cli([[*map(str, words)]], **environment)[0]

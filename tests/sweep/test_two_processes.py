@@ -1,7 +1,6 @@
 """A pack over two processes of four forced devices each, on loopback, is the pack of one."""
 
 import json
-import shutil
 import socket
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.programs import xla_flags
+from tests.helpers.world import write_wide_base
 
 WORKER = Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
 MESHES = [(4, 2, 1), (2, 2, 2)]  # six lanes, which 4 does not divide
@@ -20,26 +20,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def write_wide_base(world, folder):
-    """A base whose kernels are large enough to be cut over `fsdp`: 2**16 elements and more."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig.from_pretrained(world.source)
-    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 256, 1024, 1
-    torch.manual_seed(0)
-    model = transformers.BertModel(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_(1.0 if name.endswith("LayerNorm.weight") else 0.0, 0.07)
-    model.save_pretrained(folder)
-    shutil.copy(world.source / "tokenizer.json", folder)
-
-
 @pytest.fixture(scope="module")
 def packs(world, tmp_path_factory):
-    """(arrays, facts) of ten steps in each process by mesh, and of one process on one device."""
+    """(arrays, facts) of four steps in each process by mesh, and of one process on one device."""
     root = tmp_path_factory.mktemp("processes")
-    write_wide_base(world, root / "wide")
+    write_wide_base(root / "wide")
 
     def start(meshes, devices, *process):
         flags = xla_flags(f"--xla_force_host_platform_device_count={devices}")
@@ -75,7 +60,7 @@ def test_both_processes_have_all_numbers_and_the_same_ones(packs, sizes):
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_losses_and_predictions_are_those_of_one_process(packs, sizes):
     (ours, _), (one, _) = packs[0][sizes][0], packs[1]
-    assert ours["losses"].shape == (10, 6)
+    assert ours["losses"].shape == (4, 6)
     np.testing.assert_allclose(ours["losses"], one["losses"], rtol=1e-5)
     largest = np.abs(one["outputs"]).max()
     np.testing.assert_allclose(ours["outputs"], one["outputs"], rtol=0, atol=1e-5 * largest)
