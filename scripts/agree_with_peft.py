@@ -122,7 +122,7 @@ def same_start(config: Trial, dataset: Dataset) -> tuple[LoraxTrainer, PeftTrain
     lora, head = setup.trainable["lora"], setup.trainable["base"]["head"]["out"]
     task = dataset.task
     with tempfile.TemporaryDirectory() as folder:
-        save_peft(folder, lora, setup.spec, "bert", config.model.source)
+        save_peft(folder, lora, setup.spec, "bert", config.model.source, head="drop")
         theirs = PeftTrainer(
             config, task.kind, task.num_outputs, steps, adapter=Path(folder), head=head
         )

@@ -30,7 +30,10 @@ _INITS: dict[Any, str] = {
     False: "kaiming_uniform",
     "eva": "kaiming_uniform",
     "orthogonal": "kaiming_uniform",
+    "mica": "kaiming_uniform",
 }
+# These change the base's weights when training starts, so that the adapter fits no other base.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _SERVED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
@@ -54,6 +57,7 @@ def write_config(
     *,
     task_type: str,
     base_source: str,
+    revision: str | None,
     modules_to_save: list[str] | None,
     kinds: Iterable[str],
     fan_in_fan_out: bool,
@@ -65,6 +69,7 @@ def write_config(
       modules: PEFT's name of each adapted module to its numbers.
       task_type: of PEFT: `SEQ_CLS`, `FEATURE_EXTRACTION` or `CAUSAL_LM`.
       base_source: what PEFT should load as the base.
+      revision: of it on the hub.
       modules_to_save: PEFT's names of the modules that are stored whole.
       kinds: PEFT's names, within a layer, of all modules that a layer may have.
       fan_in_fan_out: the adapted linear layers store their weights as (inputs, outputs).
@@ -78,6 +83,7 @@ def write_config(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_source,
+        "revision": revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
@@ -102,7 +108,12 @@ def _default(value: Any, values: Mapping[str, Any]) -> Any:
 
 
 def check_config(config: Mapping[str, Any], model_type: str) -> list[str]:
-    """What of a config is not served here for a family, an entry an option."""
+    """What of a config is not served here for a family, an entry an option.
+
+    Of another method than LoRA the options mean something else: its name is all that is said.
+    """
+    if (kind := config.get("peft_type")) != "LORA":
+        return [f"peft_type={kind!r} is not served; LORA is" if kind else "peft_type is missing"]
     family, tasks = family_of(model_type), (None, "SEQ_CLS", "FEATURE_EXTRACTION")
     served = _SERVED | {"task_type": (*tasks, "CAUSAL_LM") if family.is_decoder else tasks}
     if any(not rule.transposed for rule in family.rules):
@@ -114,9 +125,26 @@ def check_config(config: Mapping[str, Any], model_type: str) -> list[str]:
         else:
             refused = bool(value) and option not in _READ | _IRRELEVANT
         if refused:
-            faults.append(f"{option}={value!r} is not served")
-    missing = [option for option in ("peft_type", "target_modules") if not config.get(option)]
-    return faults + [f"{option} is missing" for option in missing]
+            faults.append(f"{option}={value!r} is not served{_conversion(option, value)}")
+    return faults if config.get("target_modules") else [*faults, "target_modules is missing"]
+
+
+def _conversion(option: str, value: Any) -> str:
+    """How PEFT makes an adapter with this option one that is served; empty where it cannot."""
+    kind = str(value).lower()
+    if option != "init_lora_weights" or not kind.startswith(_CHANGE_THE_BASE):
+        return ""
+    own_base = (
+        "model.unload().save_pretrained(<base>) in PEFT writes the base that it fits; then set "
+        "init_lora_weights to true in adapter_config.json"
+    )
+    if kind.startswith("loftq"):
+        return f", since it changes the base's weights: {own_base}"
+    return (
+        ", since it changes the base's weights: convert it in PEFT by model.save_pretrained("
+        "<folder>, path_initial_model_for_weight_conversion=<the adapter saved before training>); "
+        f"without that adapter, {own_base}"
+    )
 
 
 def read_spec(

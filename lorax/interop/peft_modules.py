@@ -7,9 +7,10 @@ import numpy as np
 
 from lorax.errors import LoraxError
 from lorax.interop.peft_fused import fuse
-from lorax.interop.peft_names import fused_part, module_of, name_of
+from lorax.interop.peft_names import fused_part, is_within, module_of, name_of
 from lorax.lora import LoraSpec, LoraTree
 from lorax.lora.spec import SCALINGS
+from lorax.models.families import family_of
 
 
 class Module(NamedTuple):
@@ -28,11 +29,12 @@ def by_name(lora: LoraTree, model_type: str, *, bare: bool) -> dict[str, list[st
 
 
 def as_module(
-    paths: list[str], lora: LoraTree, spec: LoraSpec, model_type: str
+    paths: list[str], lora: LoraTree, spec: LoraSpec, model_type: str, *, bare: bool
 ) -> tuple[Mapping[str, Any], Module]:
     """The pair of a module of theirs, and its numbers in the config."""
     for path in paths:
         _check_pair(path, lora[path], spec)
+        _check_head_module(path, model_type, bare=bare)
     first, *_ = paths
     rank, alpha = spec.rank_of(first), spec.alpha_of(first)
     if fused_part(first, model_type) is None:
@@ -48,12 +50,26 @@ def as_module(
 
 
 def _check_pair(path: str, pair: Mapping[str, Any], spec: LoraSpec) -> None:
-    if path.startswith("head."):
-        raise LoraxError(f"{path!r} is of the head, whose adapter PEFT's format has no place for")
     if set(pair) != {"a", "b"}:
         raise LoraxError(f"the adapter of {path!r} has {', '.join(pair)}; PEFT's format has a, b")
     rank, stored = spec.rank_of(path), pair["a"].shape[0]
     if rank != stored:
         raise LoraxError(
             f"the adapter of {path!r} is of rank {stored}, its spec says {rank}: unpad it first"
+        )
+
+
+def _check_head_module(path: str, model_type: str, *, bare: bool) -> None:
+    """Refuse an adapter of a layer of the head that PEFT cannot adapt.
+
+    `BertModel` has a pooler to adapt; a classifier's output layer is always stored whole.
+    """
+    if not path.startswith("head."):
+        return
+    name = name_of(module_of(path), model_type, bare=False)
+    is_in_base = name.startswith(f"{family_of(model_type).prefix}.")
+    if is_within(name, "classifier") or (bare and not is_in_base):
+        raise LoraxError(
+            f"{path!r} is of the head, whose adapter PEFT's format has no place for: give "
+            "head=params['head'], into which it is merged"
         )

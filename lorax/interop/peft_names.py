@@ -30,6 +30,17 @@ def name_of(path: str, model_type: str, *, bare: bool) -> str:
     return name.removeprefix(f"{family_of(model_type).prefix}.") if bare else name
 
 
+def is_within(name: str, whole: str) -> bool:
+    """Whether PEFT stores the module `name` when `modules_to_save` has `whole`.
+
+    It goes by the end of a name alone: DistilBERT's `pre_classifier` is stored as a `classifier`.
+
+    >>> is_within("bert.pooler.dense", "pooler"), is_within("pre_classifier", "classifier")
+    (True, True)
+    """
+    return any(part.endswith(whole) for part in name.split("."))
+
+
 def parts_of(path: str) -> dict[str, str]:
     """What PEFT calls A and B of the module whose parameter is at `path`."""
     return _EMBEDDING_PARTS if path.endswith(".embedding") else _PARTS

@@ -1,15 +1,18 @@
 """The tensors of a PEFT adapter, taken one by one; nothing is passed over in silence."""
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.errors import refuse
+from lorax.errors import LoraxError, refuse
 from lorax.interop.peft_fused import cut
+from lorax.interop.peft_head import warn_of_fresh_dense
 from lorax.interop.peft_names import PREFIX, WORDS, fused_part, module_of, name_of, parts_of
 from lorax.interop.peft_selection import rank_of, selects
 from lorax.lora import LoraTree
@@ -17,6 +20,14 @@ from lorax.models.convert import is_transposed
 from lorax.models.families import family_of
 
 WEIGHTS = "adapter_model.safetensors"
+# Where PEFT keeps the weights of a module that it has replaced.
+_WITHIN = re.compile(r"\.(base_layer|modules_to_save|original_module)\.")
+_WRAPPERS = {
+    "module": "DistributedDataParallel",
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module": "PyTorch's checkpoint_wrapper",
+}
 log = logging.getLogger(__name__)
 
 
@@ -24,6 +35,7 @@ class Reader:
     """Takes the tensors of a file one by one; what is left over is unexpected.
 
     Attributes:
+      shapes: of each parameter of the base by path.
       kernels: path of each kernel of the base to PEFT's name of its module.
       faults: what was missing or misshaped.
     """
@@ -32,10 +44,11 @@ class Reader:
         self,
         config: Mapping[str, Any],
         tensors: Mapping[str, np.ndarray],
-        shapes: Mapping[str, tuple[int, ...]],
+        base: Mapping[str, Any],
         model_type: str,
     ):
-        self.config, self.shapes, self.model_type = config, shapes, model_type
+        self.config, self.base, self.model_type = config, base, model_type
+        self.shapes = shapes = {path: tuple(leaf.shape) for path, leaf in base.items()}
         self.tensors, self.used = dict(tensors), set[str]()
         self.faults: list[str] = []
         self.family = family_of(model_type)
@@ -97,14 +110,12 @@ class Reader:
                 shape, turn = self.shapes[path], is_transposed(path, self.model_type)
                 stored = self._take(name, shape[::-1] if turn else shape)
                 head.setdefault(module, {})[leaf] = stored.T if turn else stored
+        if "out" in head:
+            warn_of_fresh_dense(head, self.model_type)
         return head or None
 
     def leave_out(self) -> None:
-        """Pass over what ours has no place for, with a warning.
-
-        That is a foreign head, and the base's own embeddings, which PEFT stores beside an adapter
-        of the embeddings or the output layer.
-        """
+        """Pass over the parts of a head that ours does not have, with a warning."""
         heads = {"pooler", "classifier", *self.family.head}
         modules = heads - set(self.family.head) if self.has_pooler else heads
         prefixes = ("", f"{self.family.prefix}.")
@@ -113,17 +124,39 @@ class Reader:
         if foreign:
             named = ", ".join(name.removeprefix(PREFIX) for name in foreign)
             log.warning("left out of the adapter, as the model's head has no such part: %s", named)
-        own = [name for name in self._rest() if self._is_base_weight(name)]
-        if own:
-            log.warning("left out of the adapter, as the base's are taken: %s", ", ".join(own))
-        self.used.update(foreign, own)
+        self.used.update(foreign)
 
-    def _is_base_weight(self, name: str) -> bool:
-        if not self.family.is_decoder or self.config.get("modules_to_save"):
-            return False
-        modules = [self.kernels.get(path, "lm_head") for path in (WORDS, "lm_head.kernel")]
-        names = {f"{PREFIX}{m}.{leaf}" for m in modules for leaf in ("weight", "base_layer.weight")}
-        return name in names and self.tensors[name].shape == self.shapes[WORDS]
+    def compare_with_base(self) -> None:
+        """Pass over weights of the base that the file stores, if they equal the base's.
+
+        PEFT stores embeddings and output layers beside an adapter: adapted ones, resized ones,
+        and those that were trained in full (`modules_to_save`).
+
+        Raises:
+          LoraxError: they differ, or the base is given by shapes alone.
+        """
+        parts: dict[str, list[str]] = {}
+        for path in self.shapes:
+            if not path.startswith("head."):
+                name = name_of(path, self.model_type, bare=self.bare)
+                parts.setdefault(name, []).append(path)  # in order: queries, keys, values
+        if self.family.is_decoder:
+            parts.setdefault("lm_head.weight", [WORDS])  # tied
+        differ = []
+        for name, tensor in self.tensors.items():
+            own = parts.get(_WITHIN.sub(".", name.removeprefix(PREFIX)))
+            if own is None:
+                continue
+            self.used.add(name)
+            turned = is_transposed(own[0], self.model_type)
+            if not _equals(tensor, [self.base[path] for path in own], turned):
+                differ.append(f"{name} {tensor.shape}")
+        refuse(
+            "the adapter stores weights that are not those of this base; PeftModel.from_pretrained("
+            "<base>, <adapter>).unload().save_pretrained(<folder>) writes the base that it was "
+            "trained with, on which it loads",
+            differ,
+        )
 
     def check(self) -> None:
         """Refuse a file with any fault, or with tensors left over."""
@@ -142,6 +175,31 @@ class Reader:
         if tensor.shape != shape:
             self.faults.append(f"{PREFIX}{name} has shape {tensor.shape}, expected {shape}")
         return jnp.asarray(tensor, jnp.float32)
+
+
+def check_wrappers(names: Iterable[str]) -> None:
+    """Refuse names of tensors that a wrapper around the model has left its prefix in."""
+    for name in names:
+        if found := next((part for part in name.split(".") if part in _WRAPPERS), None):
+            raise LoraxError(
+                f"{name}: {found!r} is the prefix of {_WRAPPERS[found]}: save the model inside "
+                f"it (model.{found}), or take the prefix out of the tensors' names"
+            )
+
+
+def _equals(tensor: np.ndarray, parts: list[Any], is_turned: bool) -> bool:
+    """Whether a stored tensor is the base's, in the coarser precision of the two."""
+    if any(isinstance(part, jax.ShapeDtypeStruct) for part in parts):
+        raise LoraxError(
+            "the adapter stores weights of the base, which have to be compared: give load_peft "
+            "the base's parameters, neither their shapes nor kernels in few bits"
+        )
+    whole = np.concatenate([np.asarray(part) for part in parts], axis=-1)
+    whole = whole.T if is_turned else whole
+    if tensor.shape != whole.shape or not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return False
+    coarse = min((tensor.dtype, whole.dtype), key=lambda dtype: jnp.finfo(dtype).nmant)
+    return np.array_equal(tensor.astype(coarse), whole.astype(coarse))
 
 
 def _is_spared(path: str) -> bool:

@@ -51,6 +51,11 @@ def _candidates(source: str) -> list[Path]:
     return folders
 
 
+def local_folder(source: str) -> Path | None:
+    """The folder that a source names on this machine; None: there is none."""
+    return next((folder for folder in _candidates(source) if source and folder.is_dir()), None)
+
+
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download

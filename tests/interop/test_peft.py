@@ -278,11 +278,22 @@ def adapter(saved, tmp_path):
     [
         ({"use_dora": True}, "use_dora=True is not served"),
         ({"bias": "all"}, "bias='all' is not served"),
-        ({"peft_type": "IA3"}, "peft_type='IA3' is not served"),
+        (
+            {"peft_type": "IA3", "new": 1},
+            "adapter_config.json: peft_type='IA3' is not served; LORA is",
+        ),
         ({"peft_type": "absent"}, "peft_type is missing"),
         ({"target_modules": "absent"}, "target_modules is missing"),
         ({"task_type": "CAUSAL_LM"}, "task_type='CAUSAL_LM' is not served"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not served"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion="),
+        (
+            {"init_lora_weights": "olora"},
+            "init_lora_weights='olora' is not served, since it changes",
+        ),
+        (
+            {"init_lora_weights": "loftq"},
+            "base's weights: model.unload().save_pretrained(<base>) in",
+        ),
         ({"fan_in_fan_out": True, "lora_bias": True}, "fan_in_fan_out=True is not served; lora_b"),
         ({"new_option": {"x": 1}}, "new_option={'x': 1} is not served"),
         ({"target_modules": ["nothing"]}, "target_modules=['nothing'] match nothing"),
@@ -345,14 +356,11 @@ def test_what_the_format_cannot_say(saved, tmp_path):
     source = str(root / "base")
     with pytest.raises(LoraxError, match="rank 8, its spec says 4: unpad"):
         save_peft(tmp_path, pad(lora, 8), spec, "bert", source)
-    with pytest.raises(LoraxError, match="export the adapter alone"):
+    with pytest.raises(LoraxError, match="out alone may follow any pooling: give the model's"):
         save_peft(tmp_path, lora, spec, "bert", source, head={"out": base["head"]["out"]})
     dora = {path: pair | {"magnitude": np.ones(24)} for path, pair in lora.items()}
     with pytest.raises(LoraxError, match="has a, b, magnitude"):
         save_peft(tmp_path, dora, spec, "bert", source)
-    on_head = LoraSpec(2, targets=r"head\.dense")
-    with pytest.raises(LoraxError, match="is of the head"):
-        save_peft(tmp_path, init(jax.random.key(0), base, on_head), on_head, "bert", source)
     (tmp_path / "file").write_text("")
     with pytest.raises(LoraxError, match="cannot write"):
         save_peft(tmp_path / "file", lora, spec, "bert", source)
