@@ -5,7 +5,7 @@ Templates are Jinja, rendered as `transformers` does: the same sandbox, filters 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +78,34 @@ class ChatTemplate:
         whole = self._plain(messages)
         turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         return whole, tuple(self._turn(messages, n, whole) for n in turns)
+
+    def fault_of_ends(self, chats: Iterable[tuple[str, tuple[Span, ...]]]) -> str | None:
+        """Why these chats do not teach a model to end its turn, in a line; None: they do.
+
+        A turn teaches it by a special token at its end, or by being the chat's end, where the
+        end-of-text token is added.
+
+        Args:
+          chats: as `with_spans` returns them.
+        """
+        tokens = tuple(filter(None, (*self.controls, *self.special.values())))
+        turns = [(text, end) for text, spans in chats for _, end in spans]
+        if any(end == len(text) or text[:end].rstrip().endswith(tokens) for text, end in turns):
+            return None
+        # Behind a chat's last turn, what is left of the chat ends the turn.
+        closing = re.compile(rf"\s*({'|'.join(map(re.escape, tokens)) or '(?!)'})")
+        last = [closing.match(text, end) for text, end in turns if _is_bare(text[end:], tokens)]
+        if self._has_marks and (found := next(filter(None, last), None)):
+            return (
+                f"the chat template's {{% generation %}} block ends before {found[1]!r}, so that "
+                "the model does not learn to end its turn: put {% endgeneration %} behind that "
+                "token"
+            )
+        return (
+            "no turn of the assistant ends with a special token or at the end of its chat, so that "
+            "the model does not learn to end its turn: put eos_token behind the assistant's words "
+            "in the chat template, within {% generation %} if it has that"
+        )
 
     def _turn(self, messages: Sequence[Message], turn: int, whole: str) -> Span:
         before = self._plain(messages[:turn], True)
@@ -170,6 +198,13 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | dict):
         for part in (*value, *(value.values() if isinstance(value, dict) else ())):
             yield from _texts(part)
+
+
+def _is_bare(text: str, tokens: Sequence[str]) -> bool:
+    """Whether there is nothing but blanks and special tokens in a text."""
+    for token in tokens:
+        text = text.replace(token, "")
+    return not text.strip()
 
 
 def _line(error: Exception) -> str:

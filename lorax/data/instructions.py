@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -13,6 +14,7 @@ from lorax.data.documents import Documents, Span
 from lorax.data.files import read_text
 from lorax.errors import LoraxError
 
+_log = logging.getLogger(__name__)
 ROLES = ("system", "user", "assistant")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FORMS = "prompt and completion, instruction and output, or messages"
@@ -40,7 +42,12 @@ def load_instructions(split: str, path: Path, base: Path | None = None) -> Docum
             raise LoraxError("chats need the folder of a tokenizer with a chat template")
         return load_chat_template(base)
 
-    return _documents(lines, template)
+    documents = _documents(lines, template)
+    if split == "train" and documents.form == "chat":
+        chats = zip(documents.texts, documents.targets, strict=True)
+        if fault := template().fault_of_ends(chats):
+            _log.warning("%s: %s", path, fault)
+    return documents
 
 
 def _lines(path: Path) -> list[tuple[str, str]]:

@@ -20,12 +20,18 @@ def gelu(u: jax.Array) -> jax.Array:
 
 
 _gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
+# By every name that transformers has for them (its ACT2FN).
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
+    "gelu_python": gelu,
     "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
 }
 
 

@@ -144,6 +144,42 @@ def test_a_template_that_marks_nothing(tmp_path, base):
         read_all(tmp_path, {"messages": CHAT}, base=base)
 
 
+BLOCK = "{% generation %}{{ m.content }}{% endgeneration %}"
+UNTAUGHT = "so that the model does not learn to end its turn"
+
+
+@pytest.mark.parametrize(
+    ("answer", "warning"),
+    [
+        (BLOCK + "<|im_end|>\n", f"block ends before '<|im_end|>', {UNTAUGHT}"),
+        (BLOCK + "\n{{ eos_token }}", f"block ends before '</s>', {UNTAUGHT}"),
+        (BLOCK + "{% if not loop.last %}<|im_end|>{% endif %}", None),
+        (BLOCK + "{{ '.' }}", f"at the end of its chat, {UNTAUGHT}"),
+        (BLOCK, None),  # the end of the chat gets the end-of-text token
+        ("{% generation %}{{ m.content }}<|im_end|>\n{% endgeneration %}", None),
+        ("{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n</s>", None),
+        ("{{ m.content }}\n", None),
+    ],
+)  # fmt: skip
+def test_templates_that_do_not_teach_the_end(tmp_path, base, answer, warning, caplog):
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        f"{answer}{{% else %}}<|im_start|>user: {{{{ m.content }}}}<|im_end|>\n{{% endif %}}"
+        "{% endfor %}"
+    )
+    (base / "chat_template.jinja").write_text(source)
+    documents = read_all(tmp_path, {"messages": [*CHAT, *CHAT]}, base=base)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == (warning is not None)
+    assert all(warning in said and "\n" not in said for said in warnings)
+    if warning is None:
+        return
+    tokenizer = load_tokenizer(base)
+    encoded = encode_documents(tokenizer, documents, 100, eos_id=find_eos_id(tokenizer, base))
+    learned = encoded.input_ids[0][encoded.token_type_ids[0] == 1]
+    assert not {1, 3} & set(learned.tolist())  # neither </s> nor <|im_end|>
+
+
 def test_faults_of_places(tmp_path, base):
     for rows, message in (((GOOD, GOOD), "two unlike lines"), (("", " "), "empty file")):
         path = write(tmp_path / "all.jsonl", *rows)

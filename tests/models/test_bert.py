@@ -96,7 +96,7 @@ def test_query_gradient_equals_torch(write_checkpoint, load, batch, model_type):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["gelu", "gelu_new", "relu", "silu"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_equal_torch(name):
     torch = pytest.importorskip("torch")
     activations = pytest.importorskip("transformers.activations")
