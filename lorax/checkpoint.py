@@ -148,6 +148,20 @@ def lora_tree(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return tree
 
 
+def head_tree(flat: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """The trained head within the leaves of `load_adapter`; None: there is none.
+
+    >>> head_tree({"lora.q.kernel.a": 1, "base.head.out.kernel": 2, "base.head.out.bias": 3})
+    {'out': {'kernel': 2, 'bias': 3}}
+    """
+    tree: dict[str, dict[str, Any]] = {}
+    for name, leaf in flat.items():
+        if name.startswith("base.head."):
+            module, _, part = name.removeprefix("base.head.").rpartition(".")
+            tree.setdefault(module, {})[part] = leaf
+    return tree or None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is whole or absent, whenever the process dies."""
     partial = path.with_suffix(path.suffix + ".partial")

@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,11 +46,15 @@ from lorax.interop.peft_reader import WEIGHTS, Reader, check_wrappers
 from lorax.lora import LoraSpec, LoraTree
 from lorax.lora.paths import leaves_by_path
 from lorax.models.families import family_of
-from lorax.models.hub import load_checkpoint, local_folder, read_json
+from lorax.models.hub import is_repository_id, load_checkpoint, local_folder, read_json
 from lorax.models.quantization import Quantized
 
 CONFIG = "adapter_config.json"
 log = logging.getLogger(__name__)
+_NO_ADAPTER = (
+    "there is no adapter of the base to write, and PEFT's format needs one: train with "
+    "train.mode=lora and targets outside the head"
+)
 
 
 class PeftAdapter(NamedTuple):
@@ -69,7 +74,7 @@ class PeftAdapter(NamedTuple):
 def save_peft(
     folder: str | Path,
     lora: LoraTree,
-    spec: LoraSpec,
+    spec: LoraSpec | None,
     model_type: str,
     base_source: str,
     *,
@@ -86,7 +91,7 @@ def save_peft(
     Args:
       folder: made when missing.
       lora: at its true ranks (`lorax.unpad` takes padding off).
-      spec: its spec.
+      spec: its spec; the None of a trial without an adapter is refused.
       model_type: a family, as in the base's `config.json`.
       base_source: what PEFT should load as the base: a repository id of the hub, or a folder,
         which is written as an absolute path, with a warning.
@@ -109,12 +114,16 @@ def save_peft(
             f"{WORDS!r} is the output layer, too, and PEFT adapts the embeddings alone: leave it "
             "out, or say is_tied=False if the model has an output layer of its own"
         )
-    if is_decoder and isinstance(head, dict):
+    if is_decoder and isinstance(head, Mapping):
         raise LoraxError(f"{model_type} is a language model: it has no head")
+    if spec is None:
+        raise LoraxError(_NO_ADAPTER)
     if head == "drop":
         lora = {path: pair for path, pair in lora.items() if not path.startswith("head.")}
     whole, pooling = check_head(head, pooling, spec, model_type)
     lora, whole = merge_head(lora, spec, whole)
+    if not lora:
+        raise LoraxError(_NO_ADAPTER)
     beside = whole if pooling != "pooler" else None
     stored = whole if pooling == "pooler" else None
     if stored is not None:
@@ -152,7 +161,7 @@ def _base_name(source: str) -> str:
             folder.resolve(),
         )
         return str(folder.resolve())
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+    if not is_repository_id(source):
         raise LoraxError(
             f"base_source={source!r} is no folder, and no repository id of the hub, such as "
             "google-bert/bert-base-uncased"

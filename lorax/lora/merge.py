@@ -46,8 +46,8 @@ def merge(base: Any, lora: LoraTree, spec: Scales) -> Any:
       A pytree like `base`, each kernel in its own dtype.
 
     Raises:
-      LoraxError: a target of the adapter that is not in the base, does not fit it, or has no
-        scale.
+      LoraxError: a target of the adapter that is not in the base, does not fit it, has no scale,
+        or is quantized: the sum would be rounded to integers.
 
     >>> base = {"w": jnp.zeros((3, 2))}
     >>> lora = {"w": {"a": jnp.ones((1, 3)), "b": jnp.ones((2, 1))}}
@@ -65,6 +65,7 @@ def unmerge(merged: Any, lora: LoraTree, spec: Scales) -> Any:
 def _add(base: Any, lora: LoraTree, spec: Scales, sign: int) -> Any:
     factors = scales_of(lora, spec)
     rules = spec if isinstance(spec, LoraSpec) else LoraSpec()
+    _check_floats(base, lora)
     check_fit(base, lora, rules)
 
     def leaf(path: str, kernel: jax.Array) -> jax.Array:
@@ -77,6 +78,17 @@ def _add(base: Any, lora: LoraTree, spec: Scales, sign: int) -> Any:
 
     leaves, structure = jax.tree.flatten(base)
     return jax.tree.unflatten(structure, map(leaf, leaf_paths(base), leaves))
+
+
+def _check_floats(base: Any, lora: LoraTree) -> None:
+    """Refuse targets whose kernels are integers, alone or beside scales."""
+    for path, leaf in leaves_by_path(base).items():
+        target = next((t for t in lora if path == t or path.startswith(f"{t}.")), None)
+        if target is not None and not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise LoraxError(
+                f"the kernel of {target!r} is quantized ({leaf.dtype}), and an update added to it "
+                "would be rounded away: merge into the base in float32 or bfloat16"
+            )
 
 
 def check_fit(base: Any, lora: LoraTree, spec: LoraSpec) -> None:

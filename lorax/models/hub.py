@@ -38,7 +38,7 @@ def resolve_source(source: str, revision: str | None = None, *, weights: bool = 
     if source.startswith("assets/"):
         name = source.split("/")[1]
         raise LoraxError(f"{source} is not there yet: run `python scripts/fetch_assets.py {name}`")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+    if not is_repository_id(source):
         raise LoraxError(f"model.source={source!r} is no folder, and no repository id of the hub")
     return _download(source, revision, [*_PATTERNS, "*.safetensors"] if weights else _PATTERNS)
 
@@ -54,6 +54,11 @@ def _candidates(source: str) -> list[Path]:
 def local_folder(source: str) -> Path | None:
     """The folder that a source names on this machine; None: there is none."""
     return next((folder for folder in _candidates(source) if source and folder.is_dir()), None)
+
+
+def is_repository_id(source: str) -> bool:
+    """Whether it has the form of a repository id of the hub."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is not None
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:

@@ -253,6 +253,9 @@ def test_what_peft_stores_together_is_given_together(bert, mean, tmp_path):
     pair = init(jax.random.key(0), bert.params, on_out)
     with pytest.raises(LoraxError, match=r"'head.out.kernel' is of the head.*give head="):
         save_peft(tmp_path, pair, on_out, "bert", "hub/base")
+    for nothing in ((pair, on_out), ({}, None)):
+        with pytest.raises(LoraxError, match=r"no adapter of the base to write.*train\.mode=lora"):
+            save_peft(tmp_path, *nothing, "bert", "hub/base", head=bert.params["head"])
 
 
 def test_the_base_that_is_named(bert, mean, tmp_path, caplog, monkeypatch):

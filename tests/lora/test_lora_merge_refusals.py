@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from lorax import LoraSpec, LoraxError, init, merge, unmerge
+from lorax.models import quantize
 
 BASE = {"query": {"kernel": jnp.ones((8, 6))}, "value": {"kernel": jnp.ones((8, 6))}}
 SPEC = LoraSpec(2, targets="q")
@@ -41,3 +42,24 @@ def test_a_kernel_of_more_axes_without_a_description():
     base = {"query": {"kernel": jnp.ones((8, 2, 3))}}
     with pytest.raises(LoraxError, match="kernel_axes"):
         merge(base, LORA, SPEC)
+
+
+@pytest.mark.parametrize("function", [merge, unmerge])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [
+        (jnp.ones((8, 6), jnp.int8), "int8"),
+        (quantize(jnp.ones((8, 6)), "int8"), "int8"),
+        (quantize(jnp.ones((8, 6)), "nf4"), "uint8"),
+    ],
+    ids=["int8", "Quantized int8", "Quantized nf4"],
+)
+def test_a_quantized_kernel(function, kernel, dtype):
+    message = (
+        rf"the kernel of 'query\.kernel' is quantized \({dtype}\).*merge into the base in float"
+    )
+    with pytest.raises(LoraxError, match=message):
+        function(BASE | {"query": {"kernel": kernel}}, LORA, SPEC)
+    # One that is not adapted is passed on as it is.
+    merged = function(BASE | {"value": {"kernel": kernel}}, LORA, SPEC)
+    jax.tree.map(lambda x, y: None if x is y else pytest.fail(), merged["value"]["kernel"], kernel)
