@@ -9,9 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax.generation.program import Options, Program, Prompts, all_columns, ends, prefill
+from lorax.generation.program import (
+    Options,
+    Program,
+    Prompts,
+    all_columns,
+    ends,
+    prefill,
+    process,
+)
 from lorax.generation.program import next_logits as forward
-from lorax.generation.warp import forbid_repeats
 from lorax.models import KVCache
 
 _NEVER = -1e9  # added to the score of what may not be taken
@@ -137,10 +144,10 @@ def _candidates(
     B, K, S = state.ids.shape
     words, column = logits_MxV.shape[-1], prompts.ids.shape[1] + state.step
     log_prob_MxV = jax.nn.log_softmax(logits_MxV)
-    if program.ngram:
-        ids_MxS = state.ids.reshape(B * K, S)
-        is_token_MxS = jnp.repeat(all_columns(program, prompts)[1], K, axis=0)
-        log_prob_MxV = forbid_repeats(log_prob_MxV, ids_MxS, is_token_MxS, column, program.ngram)
+    ids_MxS = state.ids.reshape(B * K, S)
+    log_prob_MxV = process(
+        program, prompts, options, log_prob_MxV, ids_NxS=ids_MxS, step=state.step
+    )
     log_prob_BxKxV = state.log_prob[:, :, None] + log_prob_MxV.reshape(B, K, words)
     # An open hypothesis can end by each of E tokens: K candidates are left that do not.
     kept = max(2, 1 + options.eos.size) * K

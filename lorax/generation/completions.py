@@ -36,7 +36,8 @@ class Completion:
       ids: new tokens, with the one that ended them.
       text: of them, before the stop text, if there is one, and without the token that ended
         them; None without a tokenizer.
-      log_prob: the model's, of `ids` together, before temperature and cuts.
+      log_prob: the model's, of `ids` together, before penalties, temperature and cuts; of a beam
+        search after `repetition_penalty`.
       score: log_prob / len(ids) ** length_penalty, which a beam search ranks by.
       ended_by: `eos`, `stop` or `length`.
     """
@@ -67,12 +68,14 @@ def generate(
       prompts: texts, or sequences of token ids.
       config: None: greedy, 64 new tokens.
       tokenizer: the model's (`lorax.data.load_tokenizer`); texts and `stop` need it.
-      key: seeds sampling. Each prompt draws from a stream of its own, named by its place in
-        `prompts`: what is drawn for it depends neither on the others nor on `batch_size`.
+      key: seeds sampling. Each completion draws from a stream of its own, named by its prompt's
+        place in `prompts` and its place among the prompt's: what is drawn depends neither on other
+        prompts, nor on `batch_size` and `num_return_sequences`.
       batch_size: rows that are generated at a time.
 
     Returns:
-      A completion for each prompt, in their order.
+      A completion for each prompt, in their order; with `num_return_sequences` so many for each,
+      one after another, those of a search by score.
 
     Raises:
       LoraxError: before any work, naming the prompt or the option that is not served.
@@ -90,15 +93,18 @@ def generate(
     graphdef, state = nnx.split(model)
     program = _program(graphdef, config)
     params, options = nnx.to_pure_dict(state), _options(config, key)
-    found: dict[int, Completion] = {}
-    for batch in batches(ids, batch_size, model.config.max_length):
-        if config.num_beams > 1:
-            made = search(program, params, batch, options)
+    found: dict[int, list[Completion]] = {n: [] for n in range(len(ids))}
+    each, longest = config.num_return_sequences, model.config.max_length
+    is_search = config.num_beams > 1
+    for batch in batches(ids, batch_size, longest, copies=1 if is_search else each):
+        if is_search:
+            made = search(program, params, batch, options, each)
         else:
-            made = draw(program, params, batch, options, stops=stops, prompts=ids)
-        for n, row in zip(batch.row.tolist(), made, strict=False):
-            found[n] = _completion(config, tokenizer, ids[n], row)
-    return [found[n] for n in range(len(ids))]
+            drawn = draw(program, params, batch, options, stops=stops, prompts=ids)
+            made = [[row] for row in drawn]
+        for n, rows in zip(batch.row.tolist(), made, strict=False):
+            found[n] += [_completion(config, tokenizer, ids[n], row) for row in rows]
+    return [completion for n in range(len(ids)) for completion in found[n]]
 
 
 def _completion(
@@ -176,6 +182,7 @@ def _program(graphdef: Any, config: GenerationConfig) -> Program:
         samples=config.temperature > 0,
         cuts=config.temperature > 0 and (config.top_k > 0 or config.top_p < 1),
         ngram=config.no_repeat_ngram_size,
+        penalizes=config.repetition_penalty != 1,
     )
 
 
@@ -191,6 +198,8 @@ def _options(config: GenerationConfig, key: jax.Array | None) -> Options:
         jnp.asarray(config.early_stopping is True),
         jnp.asarray(config.early_stopping == "never"),
         jnp.int32(config.max_new_tokens),
+        jnp.int32(config.min_new_tokens),
+        jnp.float32(config.repetition_penalty),
         jnp.asarray(eos, jnp.int32),
         jax.random.key(0) if key is None else key,
     )

@@ -9,6 +9,7 @@ from typing import Any
 from lorax.errors import LoraxError
 
 _COLDEST = 1e-30  # logits divided by less would overflow float32
+_HARSHEST = 1000  # penalized logits stay within float32
 _STEEPEST = 40  # powers of lengths stay within float64
 
 
@@ -41,6 +42,12 @@ _RIGHT: dict[str, tuple[str, Any]] = {
         lambda x: _is_real(x, -_STEEPEST) and x <= _STEEPEST,
     ),
     "early_stopping": ("True, False or 'never'", lambda x: isinstance(x, bool) or x == "never"),
+    "repetition_penalty": (
+        f"a number from {1 / _HARSHEST} to {_HARSHEST}",
+        lambda x: _is_real(x, 1 / _HARSHEST) and x <= _HARSHEST,
+    ),
+    "min_new_tokens": ("a whole number from 0", lambda x: is_whole(x, 0)),
+    "num_return_sequences": ("a whole number from 1", lambda x: is_whole(x, 1)),
     "no_repeat_ngram_size": ("a whole number from 1, or 0 for off", lambda x: is_whole(x, 0)),
     "eos_token_id": ("one id or several", lambda ids: all(is_whole(x, 0) for x in _several(ids))),
     "stop": (
@@ -70,6 +77,10 @@ class GenerationConfig:
       eos_token_id: ids that end a row.
       stop: texts that end a row, where they are in what is generated; the text returned ends
         before them. They need a tokenizer.
+      repetition_penalty: scores of tokens that came before, the prompt's included, are divided by
+        it if positive, else multiplied (Keskar et al. 2019, arXiv:1909.05858); 1: off.
+      min_new_tokens: no id of `eos_token_id` comes before so many new tokens.
+      num_return_sequences: completions of each prompt: draws, or a search's best hypotheses.
 
     Raises:
       LoraxError: naming the option whose value is not served.
@@ -89,6 +100,9 @@ class GenerationConfig:
     no_repeat_ngram_size: int = 0
     eos_token_id: int | tuple[int, ...] = ()
     stop: str | tuple[str, ...] = ()
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    num_return_sequences: int = 1
 
     def __post_init__(self) -> None:
         for name, (right, is_right) in _RIGHT.items():
@@ -103,6 +117,23 @@ class GenerationConfig:
             raise LoraxError(
                 f"stop={self.stop!r} is not served with num_beams={self.num_beams}: "
                 "set num_beams=1, or end by eos_token_id"
+            )
+
+        if self.min_new_tokens > self.max_new_tokens:
+            raise LoraxError(
+                f"min_new_tokens={self.min_new_tokens} is above "
+                f"max_new_tokens={self.max_new_tokens}: lower it"
+            )
+        several = self.num_return_sequences
+        if several > 1 and self.num_beams == 1 and not self.temperature:
+            raise LoraxError(
+                f"num_return_sequences={several} would be equal, as temperature=0 draws nothing: "
+                f"set a temperature, or num_beams={several}"
+            )
+        if self.num_beams > 1 and several > self.num_beams:
+            raise LoraxError(
+                f"num_return_sequences={several} is above num_beams={self.num_beams}, the "
+                "hypotheses that a search has: raise num_beams"
             )
 
     @property

@@ -27,13 +27,18 @@ class Made(NamedTuple):
     is_stopped: bool = False
 
 
-def search(program: Program, params: Any, batch: Prompts, options: Options) -> list[Made]:
-    """The best hypothesis of a beam search for each real row."""
+def search(
+    program: Program, params: Any, batch: Prompts, options: Options, count: int
+) -> list[list[Made]]:
+    """The `count` best hypotheses of a beam search for each real row, the best first."""
     found = jax.tree.map(np.asarray, beam.search(program, params, batch, options))
-    ids_BxN = found.ids[:, 0, batch.ids.shape[1] :]
-    best_B = zip(ids_BxN, found.length[:, 0], found.log_prob[:, 0], strict=True)
-    made = [Made(ids_N[:length].tolist(), float(log_prob)) for ids_N, length, log_prob in best_B]
-    return made[: int(batch.is_real.sum())]
+    ids_BxKxN = found.ids[:, :, batch.ids.shape[1] :]
+
+    def made(row: int, n: int) -> Made:
+        length = found.length[row, n]
+        return Made(ids_BxKxN[row, n, :length].tolist(), float(found.log_prob[row, n]))
+
+    return [[made(row, n) for n in range(count)] for row in range(int(batch.is_real.sum()))]
 
 
 def draw(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorax.generation.warp import forbid_end, forbid_repeats, penalize_repeats
 from lorax.models import KVCache
 
 
@@ -25,6 +26,7 @@ class Program:
       samples: tokens are drawn, not the most probable taken.
       cuts: and from a part of the words, by top-k or top-p.
       ngram: size of n-grams that may not come twice; 0: all may.
+      penalizes: words that came before have other scores.
     """
 
     graphdef: Any
@@ -33,6 +35,7 @@ class Program:
     samples: bool = False
     cuts: bool = False
     ngram: int = 0
+    penalizes: bool = False
 
 
 class Options(NamedTuple):
@@ -45,6 +48,8 @@ class Options(NamedTuple):
     is_early: jax.Array
     is_never: jax.Array
     limit: jax.Array
+    least: jax.Array
+    repetition_penalty: jax.Array
     eos: jax.Array
     key: jax.Array
 
@@ -55,14 +60,16 @@ class Prompts(NamedTuple):
     Attributes:
       ids: token ids, (B, P).
       mask: 0 on padding, 1 elsewhere, (B, P).
-      row: each row's place among all prompts: it names the row's stream of random numbers,
-        (B,).
+      row: the place of each row's prompt among all prompts, (B,).
+      copy: which of the prompt's continuations a row is, from 0, (B,); with `row` it names the
+        row's stream of random numbers.
       is_real: False in rows that fill the batch, (B,).
     """
 
     ids: jax.Array
     mask: jax.Array
     row: jax.Array
+    copy: jax.Array
     is_real: jax.Array
 
 
@@ -89,6 +96,37 @@ def all_columns(program: Program, prompts: Prompts) -> tuple[jax.Array, jax.Arra
     padding = (0, 0), (0, program.room)
     is_token_BxS = jnp.pad(prompts.mask != 0, padding, constant_values=True)
     return jnp.pad(prompts.ids, padding), is_token_BxS
+
+
+def process(
+    program: Program,
+    prompts: Prompts,
+    options: Options,
+    scores_NxV: jax.Array,
+    *,
+    ids_NxS: jax.Array,
+    step: jax.Array,
+) -> jax.Array:
+    """Scores after what penalizes and forbids words, in transformers' order, (N, V).
+
+    Args:
+      program: of the N rows of B prompts, N / B neighbours each.
+      prompts: B of them.
+      options: the data part.
+      scores_NxV: logits, or log-probabilities in a search.
+      ids_NxS: of all columns.
+      step: new tokens so far.
+    """
+    column = prompts.ids.shape[1] + step
+    if program.penalizes or program.ngram:
+        is_token_BxS = all_columns(program, prompts)[1]
+        is_token_NxS = jnp.repeat(is_token_BxS, len(ids_NxS) // len(is_token_BxS), axis=0)
+        before = ids_NxS, is_token_NxS, column
+        if program.penalizes:
+            scores_NxV = penalize_repeats(scores_NxV, *before, options.repetition_penalty)
+        if program.ngram:
+            scores_NxV = forbid_repeats(scores_NxV, *before, program.ngram)
+    return forbid_end(scores_NxV, options.eos, step < options.least)
 
 
 def ends(token: jax.Array, options: Options, step: jax.Array) -> jax.Array:

@@ -82,26 +82,31 @@ def _encode(n: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
     return ids.tolist()
 
 
-def batches(ids: list[list[int]], batch_size: int, max_length: int) -> Iterator[Prompts]:
+def batches(
+    ids: list[list[int]], batch_size: int, max_length: int, copies: int = 1
+) -> Iterator[Prompts]:
     """Batches of prompts of like lengths, padded on the left; the last is filled up.
 
     Args:
       ids: of every prompt.
       batch_size: rows a batch; fewer prompts take the next power of two.
       max_length: the model's positions; no batch is longer.
+      copies: rows of each prompt.
     """
-    rows = min(batch_size, power_of_two(len(ids)))
-    order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
-    for start in range(0, len(ids), rows):
+    rows = min(batch_size, power_of_two(len(ids) * copies))
+    shortest_first = sorted(range(len(ids)), key=lambda n: len(ids[n]))
+    order = [(n, copy) for n in shortest_first for copy in range(copies)]
+    for start in range(0, len(order), rows):
         members = order[start : start + rows]
-        columns = min(round_up(max(len(ids[n]) for n in members), BUCKET), max_length)
+        columns = min(round_up(max(len(ids[n]) for n, _ in members), BUCKET), max_length)
         ids_BxP = np.zeros((rows, columns), np.int32)
         mask_BxP = np.zeros((rows, columns), np.int32)
-        for row, n in enumerate(members):
+        for row, (n, _) in enumerate(members):
             ids_BxP[row, columns - len(ids[n]) :] = ids[n]
             mask_BxP[row, columns - len(ids[n]) :] = 1
-        row_B = np.array(members + [0] * (rows - len(members)), np.int32)
-        arrays = ids_BxP, mask_BxP, row_B, np.arange(rows) < len(members)
+        filled = members + [(0, 0)] * (rows - len(members))
+        row_B, copy_B = np.array(filled, np.int32).T
+        arrays = ids_BxP, mask_BxP, row_B, copy_B, np.arange(rows) < len(members)
         yield Prompts(*map(jnp.asarray, arrays))
 
 

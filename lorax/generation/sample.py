@@ -9,10 +9,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lorax.generation.program import Options, Program, Prompts, all_columns, ends, prefill
+from lorax.generation.program import (
+    Options,
+    Program,
+    Prompts,
+    all_columns,
+    ends,
+    prefill,
+    process,
+)
 from lorax.generation.program import next_logits as forward
-from lorax.generation.warp import forbid_repeats, warp
+from lorax.generation.warp import warp
 from lorax.models import KVCache
+
+_COPIES = 2**31 - 1  # counted down from here, names of streams are none of a step
 
 
 class State(NamedTuple):
@@ -80,10 +90,7 @@ def _pick(
     program: Program, prompts: Prompts, options: Options, state: State, logits_BxV: jax.Array
 ) -> State:
     column = prompts.ids.shape[1] + state.step
-    scores_BxV = logits_BxV
-    if program.ngram:
-        is_token_BxS = all_columns(program, prompts)[1]
-        scores_BxV = forbid_repeats(logits_BxV, state.ids, is_token_BxS, column, program.ngram)
+    scores_BxV = process(program, prompts, options, logits_BxV, ids_NxS=state.ids, step=state.step)
     token_B = _choose(program, prompts, options, state.step, scores_BxV).astype(jnp.int32)
     token_B = jnp.where(state.is_done, 0, token_B)
     log_prob_BxV = jax.nn.log_softmax(logits_BxV)
@@ -108,8 +115,10 @@ def _choose(
     else:
         scores_BxV = scores_BxV / options.temperature
 
-    def draw(row: jax.Array, scores_V: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(options.key, row), step)
-        return jax.random.categorical(key, scores_V)
+    def draw(row: jax.Array, copy: jax.Array, scores_V: jax.Array) -> jax.Array:
+        first = jax.random.fold_in(options.key, row)
+        # A prompt's first continuation is the same, however many there are.
+        key = jnp.where(copy == 0, first, jax.random.fold_in(first, _COPIES - copy))
+        return jax.random.categorical(jax.random.fold_in(key, step), scores_V)
 
-    return jax.vmap(draw)(prompts.row, scores_BxV)
+    return jax.vmap(draw)(prompts.row, prompts.copy, scores_BxV)

@@ -40,6 +40,44 @@ def warp(
     return jnp.where(is_cut_NxV, -jnp.inf, logits_NxV)
 
 
+def penalize_repeats(
+    scores_NxV: jax.Array,
+    ids_NxS: jax.Array,
+    is_token_NxS: jax.Array,
+    end: jax.Array,
+    penalty: jax.Array,
+) -> jax.Array:
+    """Scores of the words that came before, divided by `penalty`, or times it if negative, (N, V).
+
+    Keskar et al. 2019 (arXiv:1909.05858), section 4.1.
+
+    Args:
+      scores_NxV: of the tokens of column `end`.
+      ids_NxS: token ids.
+      is_token_NxS: False on padding.
+      end: columns from here on are still to come.
+      penalty: above 0; 1 changes nothing.
+    """
+    rows, columns = ids_NxS.shape
+    is_before_NxS = is_token_NxS & (jnp.arange(columns) < end)[None]
+    has_come_NxV = jnp.zeros(scores_NxV.shape, bool)
+    has_come_NxV = has_come_NxV.at[jnp.arange(rows)[:, None], ids_NxS].max(is_before_NxS)
+    lower_NxV = jnp.where(scores_NxV < 0, scores_NxV * penalty, scores_NxV / penalty)
+    return jnp.where(has_come_NxV, lower_NxV, scores_NxV)
+
+
+def forbid_end(scores_NxV: jax.Array, eos_E: jax.Array, is_too_early: jax.Array) -> jax.Array:
+    """-inf on the words that end a row, while it is too early, (N, V).
+
+    Args:
+      scores_NxV: of the next tokens.
+      eos_E: ids that end a row; -1 is none.
+      is_too_early: a bool.
+    """
+    is_eos_V = (jnp.arange(scores_NxV.shape[-1])[:, None] == eos_E[None]).any(-1)
+    return jnp.where((is_eos_V & is_too_early)[None], -jnp.inf, scores_NxV)
+
+
 def forbid_repeats(
     logits_NxV: jax.Array, ids_NxS: jax.Array, is_token_NxS: jax.Array, end: jax.Array, size: int
 ) -> jax.Array:

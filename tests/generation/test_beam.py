@@ -83,6 +83,44 @@ def test_no_ngram_comes_twice_as_in_transformers(pair, beams):
         assert len(set(pairs)) == len(pairs)
 
 
+PROCESSED = {
+    "penalty": {"repetition_penalty": 1.3},
+    "reward": {"repetition_penalty": 0.8},
+    "least": {"min_new_tokens": 9},
+    "all": {"repetition_penalty": 1.7, "min_new_tokens": 6, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("case", PROCESSED)
+def test_penalties_and_least_lengths_equal_transformers(pair, case, beams):
+    theirs, model = pair("llama")
+    prompts = prompts_of(*ragged("left"))
+    options = PROCESSED[case] | {"num_beams": beams}
+    config = GenerationConfig(max_new_tokens=NEW, eos_token_id=OFTEN, **options)
+    made = generate(model, prompts, config)
+    for prompt, row in zip(prompts, made, strict=True):  # alone: theirs counts padding in n-grams
+        ids = prompt[None]
+        [want], scores = reference(theirs, ids, np.ones_like(ids), new=NEW, eos=OFTEN, **options)
+        assert row.ids == want
+        if beams > 1:
+            np.testing.assert_allclose(row.score, scores, rtol=1e-5)
+    plain = GenerationConfig(max_new_tokens=NEW, eos_token_id=OFTEN, num_beams=beams)
+    assert ids_of(made) != ids_of(generate(model, prompts, plain))
+
+
+def test_several_hypotheses_of_a_search_equal_transformers(pair):
+    theirs, model = pair("llama")
+    ids, mask = ragged("left")
+    options = {"num_beams": 4, "num_return_sequences": 3, "repetition_penalty": 1.2}
+    want, scores = reference(theirs, ids, mask, new=NEW, eos=EOS, **options)
+    config = GenerationConfig(max_new_tokens=NEW, eos_token_id=EOS, **options)
+    made = generate(model, prompts_of(ids, mask), config, batch_size=3)
+    assert ids_of(made) == want
+    assert len({tuple(row) for row in want}) == len(want) == 3 * len(ids)
+    np.testing.assert_allclose([row.score for row in made], scores, rtol=1e-5)
+
+
 def test_a_row_of_a_search_does_not_depend_on_the_others(pair):
     _, model = pair("gpt2")
     prompts = prompts_of(*ragged("left"))

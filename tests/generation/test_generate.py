@@ -75,6 +75,7 @@ def test_other_prompts_and_values_take_the_same_programs(pair):
     other = {"temperature": 2.0, "top_k": 0, "top_p": 0.9, "max_new_tokens": 9, "eos_token_id": 7}
     generate(model, prompts, GenerationConfig(**other), key=jax.random.key(5))
     other = {"num_beams": 2, "length_penalty": 2.0, "early_stopping": "never", "eos_token_id": 5}
+    other |= {"min_new_tokens": 7, "num_return_sequences": 2}
     generate(model, prompts, GenerationConfig(max_new_tokens=20, **other))
     assert programs() == before
     generate(model, [list(range(1, 34)), [3]], GenerationConfig(**searched))
@@ -160,6 +161,16 @@ def test_a_texts_first_space_is_kept():
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' is not one id or several"),
         ({"stop": 3}, "stop=3 is not one text or several"),
         ({"stop": ("a", "")}, "stop=.* is not one text or several"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 is not a number from 0.001 to 1000"),
+        ({"repetition_penalty": "1.2"}, "repetition_penalty='1.2' is not a number"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1 is not a whole number from 0"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens=9 is above max_new_tokens=8"),
+        ({"num_return_sequences": 0}, "num_return_sequences=0 is not a whole number from 1"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 would be equal, as temperature=0"),
+        (
+            {"num_return_sequences": 3, "num_beams": 2},
+            "num_return_sequences=3 is above num_beams=2",
+        ),
         ({"num_beams": 2, "temperature": 1.0}, "num_beams=2 searches, temperature=1.0 samples"),
         ({"num_beams": 2, "stop": "."}, "stop='.' is not served with num_beams=2"),
         ({"beams": 2}, "'beams' is no option of generation; they are: max_new_tokens"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lorax.generation import GenerationConfig, generate
-from lorax.generation.warp import warp
+from lorax.generation.warp import forbid_end, penalize_repeats, warp
 from tests.helpers.generation import ids_of
 
 
@@ -40,6 +40,28 @@ def test_processed_logits_equal_transformers(temperature, top_k, top_p):
     want = transformers_warped(logits, temperature, top_k, top_p)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
     np.testing.assert_allclose(got, want, rtol=2e-7)  # the last bit of a quotient
+
+
+def test_penalties_and_least_lengths_before_a_draw_equal_transformers():
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits, end, eos = logits_of(3), 20, [3, 8]
+    ids = np.random.default_rng(0).integers(0, 61, (len(logits), end + 5)).astype(np.int32)
+    is_token = np.arange(end + 5)[None] >= np.arange(len(logits))[:, None] % end
+    for penalty, new in ((1.3, 2), (0.7, 9)):
+        theirs = process.LogitsProcessorList(
+            [
+                process.RepetitionPenaltyLogitsProcessor(
+                    penalty, prompt_ignore_length=torch.tensor((~is_token).sum(1))
+                ),
+                process.MinNewTokensLengthLogitsProcessor(end - new, 5, eos),
+            ]
+        )
+        want = theirs(torch.tensor(ids[:, :end]).long(), torch.tensor(logits)).numpy()
+        got = penalize_repeats(logits, ids, is_token, jnp.int32(end), jnp.float32(penalty))
+        got = forbid_end(got, jnp.array([*eos, -1, -1]), jnp.asarray(new < 5))
+        np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+        np.testing.assert_allclose(got, want, rtol=2e-7)
 
 
 @settings(max_examples=60, deadline=None)
@@ -105,3 +127,8 @@ def test_a_row_draws_from_a_stream_of_its_own(pair):
     for n, row in enumerate(ids_of(generate(model, other, config, key=key))):
         assert (row == together[n]) == (n != 1)
     assert ids_of(generate(model, prompts, config, key=jax.random.key(4))) != together
+    options = {"temperature": 1.5, "top_k": 30, "eos_token_id": 3, "num_return_sequences": 3}
+    config = GenerationConfig(max_new_tokens=10, **options)
+    several = ids_of(generate(model, prompts, config, key=key, batch_size=4))
+    assert several[::3] == together
+    assert len({tuple(row) for row in several}) == len(several) == 12
