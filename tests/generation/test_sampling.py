@@ -11,6 +11,7 @@ from scipy import stats
 from lorax.generation import GenerationConfig, generate
 from lorax.generation.warp import forbid_end, penalize_repeats, warp
 from tests.helpers.generation import ids_of
+from tests.helpers.lora import quick_jit
 
 
 def logits_of(seed, rows=32, words=61):
@@ -48,6 +49,12 @@ def test_penalties_and_least_lengths_before_a_draw_equal_transformers():
     logits, end, eos = logits_of(3), 20, [3, 8]
     ids = np.random.default_rng(0).integers(0, 61, (len(logits), end + 5)).astype(np.int32)
     is_token = np.arange(end + 5)[None] >= np.arange(len(logits))[:, None] % end
+
+    @quick_jit
+    def processed(penalty, is_too_early):
+        scores = penalize_repeats(jnp.asarray(logits), jnp.asarray(ids), is_token, end, penalty)
+        return forbid_end(scores, jnp.array([*eos, -1, -1]), is_too_early)
+
     for penalty, new in ((1.3, 2), (0.7, 9)):
         theirs = process.LogitsProcessorList(
             [
@@ -58,8 +65,7 @@ def test_penalties_and_least_lengths_before_a_draw_equal_transformers():
             ]
         )
         want = theirs(torch.tensor(ids[:, :end]).long(), torch.tensor(logits)).numpy()
-        got = penalize_repeats(logits, ids, is_token, jnp.int32(end), jnp.float32(penalty))
-        got = forbid_end(got, jnp.array([*eos, -1, -1]), jnp.asarray(new < 5))
+        got = processed(penalty, new < 5)
         np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
         np.testing.assert_allclose(got, want, rtol=2e-7)
 

@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from lorax import LoraSpec, adapt, init
+from lorax.checkpoint import head_tree, load_adapter, lora_tree, save_adapter
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.interop import load_peft, save_peft
@@ -198,7 +199,11 @@ def mean(bert):
 
 def test_a_head_that_pools_by_mean_is_kept_beside_the_adapter(bert, mean, tmp_path, caplog):
     model, params, lora, spec, head = mean
-    save_peft(tmp_path, lora, spec, "bert", str(bert.folder), head=head, pooling="mean")
+    trained = {"lora": lora, "base": {"head": head}}  # as a trial leaves it
+    save_adapter(tmp_path / "trial", trained, spec, {"base": {"pooling": "mean"}})
+    leaves, spec, about = load_adapter(tmp_path / "trial")
+    written = {"head": head_tree(leaves), "pooling": about["base"]["pooling"]}
+    save_peft(tmp_path, lora_tree(leaves), spec, "bert", str(bert.folder), **written)
     assert "PEFT has no place for a head that pools by mean" in caplog.text
     nnx.update(model, nnx.State({"head": head}))
     ours = run(adapt(model, lora, spec), IDS, MASK)
