@@ -45,7 +45,11 @@ def findings(groups: Sequence[Group]) -> list[Finding]:
             title = describe(variant[0], compared) or "Summary"
             tuned = [key for key in varying_keys(variant) if is_tuned(key)]
             sentences = (*_across_ranks(choices, tuned), *_references(choices, context))
-            notes = (*_passed_over(choices, tuned), *_halved(choices, variant))
+            notes = (
+                *_constant(choices),
+                *_passed_over(choices, tuned),
+                *_halved(choices, variant),
+            )
             found.append(Finding(title, (*sentences, *notes)))
     return found or [Finding("Summary", ("No LoRA trial has finished.",))]
 
@@ -79,6 +83,12 @@ def caveats(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
             "Adapters are padded to one rank (train.pad_rank), so that ranks share a compiled "
             "step: s/step and memory are those of the padded rank."
         )
+    if constant := sum(len(group.constant) for group in groups):
+        total = sum(len(group.trials) for group in groups)
+        lines.append(
+            f"{constant} of {total} finished trials predict the same for every dev example (the "
+            "majority class, for instance): they have learned nothing that the metric can see."
+        )
     lines += [*_halving_caveats(sweep, groups), *_packing_caveats(groups)]
     if min((len(group.trials) for group in groups if group.has_row), default=5) < 5:
         lines.append("Rows of fewer than five seeds have wide intervals and shaky deviations.")
@@ -100,14 +110,13 @@ def describe(group: Group, keys: Iterable[str]) -> str:
 
 
 def _across_ranks(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
-    best = max((choice.group for choice in choices), key=Group.goodness)
+    best = _best(choices)
     others = [choice.group for choice in choices if choice.group is not best]
     setting = describe(best, tuned)
     detail = f" ({setting})" if setting else ""
     if not others:
         return [f"Rank {best.rank}{detail} is the only rank: {_mean(best)}."]
-    extreme = "lowest" if lower_is_better(best.metric) else "highest"
-    sentences = [f"Rank {best.rank}{detail} has the {extreme} mean: {_mean(best)}."]
+    sentences = [_first(best, others, detail)]
     if test := anova([choice.group.scores() for choice in choices]):
         verdict = (
             "The ranks differ by more than seed noise"
@@ -123,27 +132,59 @@ def _across_ranks(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
     return sentences + _grid_edges(choices)
 
 
+def _best(choices: Sequence[Choice]) -> Group:
+    """The best group, of several with the same mean the one of the lowest rank."""
+    top = max((choice.group for choice in choices), key=Group.goodness)
+    tied = (choice.group for choice in choices if _is_tied(choice.group, top))
+    return min(tied, key=lambda group: group.rank)
+
+
+def _first(best: Group, others: Sequence[Group], detail: str) -> str:
+    """Which rank has the best mean, or which ranks share it."""
+    extreme = "lowest" if lower_is_better(best.metric) else "highest"
+    tied = [group.rank for group in others if _is_tied(group, best)]
+    if not tied:
+        return f"Rank {best.rank}{detail} has the {extreme} mean: {_mean(best)}."
+    score = f"{best.metric} {format_score(best.summary().mean, best.metric)}"
+    if len(tied) == len(others):
+        return f"All {len(tied) + 1} ranks have the same mean: {score}. None is ahead."
+    names = _ranks(sorted([best.rank, *tied]))
+    return f"{names.capitalize()} share the {extreme} mean: {score}."
+
+
+def _is_tied(a: Group, b: Group) -> bool:
+    """Whether two means are equal but for the rounding of their sums."""
+    return math.isclose(a.goodness(), b.goodness(), rel_tol=1e-12)
+
+
 def _against_best(best: Group, others: Sequence[Group]) -> list[str]:
     testable = [group for group in others if min(len(group.trials), len(best.trials)) > 1]
     if not testable:
         return ["With a single seed a rank, nothing can be said about seed noise."]
-    alike = [group.rank for group in testable if not _distinct(best, group)]
-    behind = [group.rank for group in testable if _distinct(best, group)]
+    verdicts: dict[bool | None, list[int]] = {True: [], False: [], None: []}
+    for group in testable:
+        verdicts[_distinct(best, group)].append(group.rank)
     sentences = []
-    if behind:
+    if behind := verdicts[True]:
         sentences.append(
-            f"It is ahead of {_ranks(behind)} (Welch's 95% interval of each difference excludes "
-            "zero; not corrected for the number of comparisons)."
+            f"Rank {best.rank} is ahead of {_ranks(behind)} (Welch's 95% interval of each "
+            "difference excludes zero; not corrected for the number of comparisons)."
         )
-    if alike:
+    if alike := verdicts[False]:
         sentences.append(
-            f"It cannot be told apart from {_ranks(alike)}, which is not proof that they are equal."
+            f"Rank {best.rank} cannot be told apart from {_ranks(alike)}, which is not proof that "
+            "they are equal."
+        )
+    if untested := verdicts[None]:
+        sentences.append(
+            f"The scores of rank {best.rank} and of {_ranks(untested)} do not vary over seeds: "
+            "without spread, no test can tell a difference from chance."
         )
     return sentences
 
 
 def _references(choices: Sequence[Choice], context: Sequence[Group]) -> list[str]:
-    best = max((choice.group for choice in choices), key=Group.goodness)
+    best = _best(choices)
     sentences = []
     for mode, name in (("full", "full fine-tuning"), ("head", "the head alone")):
         rows = best_choices((group for group in context if group.mode == mode), ["train.mode"])
@@ -158,7 +199,9 @@ def _difference(best: Group, reference: Group, name: str) -> str:
     opening = f"Rank {best.rank} minus {name}: {mean:+.2f}{unit}"
     low, high = welch_interval(best.scores(), reference.scores())
     if not math.isfinite(low):
-        return f"{opening} (too few seeds for an interval)."
+        is_short = min(len(best.scores()), len(reference.scores())) < 2
+        reason = "too few seeds" if is_short else "no spread over seeds in either"
+        return f"{opening} ({reason} for an interval)."
     low, high = low * scale(best.metric), high * scale(best.metric)
     verdict = "beyond seed noise" if low > 0 or high < 0 else "within seed noise"
     return f"{opening}, 95% interval {low:+.2f} to {high:+.2f} (Welch): {verdict}."
@@ -169,14 +212,28 @@ def _grid_edges(choices: Sequence[Choice]) -> list[str]:
     edges = []
     for choice in choices:
         rates = {group.value("optimizer.lr") for group in choice.among}
-        best = choice.group.value("optimizer.lr")
-        if len(rates) > 1 and best in (min(rates), max(rates)):
+        tied = [group for group in choice.among if group.trials and _is_tied(group, choice.group)]
+        best = {group.value("optimizer.lr") for group in tied}
+        if len(rates) > 1 and len(best) == 1 and best <= {min(rates), max(rates)}:
             edges.append(choice.group.rank)
     if not edges:
         return []
     return [
         f"The best learning rate of {_ranks(edges)} is an end of the grid: a wider one might "
         "change the order."
+    ]
+
+
+def _constant(choices: Sequence[Choice]) -> list[str]:
+    """The ranks at which trials predict the same for every dev example."""
+    groups = [choice.group for choice in choices if choice.group.constant]
+    if not groups:
+        return []
+    counts = sum(len(group.constant) for group in groups), sum(len(g.trials) for g in groups)
+    return [
+        f"{counts[0]} of {counts[1]} trials of {_ranks([group.rank for group in groups])} predict "
+        "the same for every dev example at their best evaluation: such a score is a constant's, "
+        "and shows nothing about the rank."
     ]
 
 
@@ -255,16 +312,18 @@ def _packing_caveats(groups: Sequence[Group]) -> list[str]:
     return lines
 
 
-def _distinct(a: Group, b: Group) -> bool:
+def _distinct(a: Group, b: Group) -> bool | None:
+    """Whether the interval of the difference excludes zero; None where there is no interval."""
     low, high = welch_interval(a.scores(), b.scores())
-    return low > 0 or high < 0
+    return low > 0 or high < 0 if math.isfinite(low) else None
 
 
 def _mean(group: Group) -> str:
     summary, metric = group.summary(), group.metric
     text = f"{metric} {format_score(summary.mean, metric)}"
     if not math.isfinite(summary.low):
-        return f"{text} (one seed, no interval)"
+        seeds = "one seed" if summary.n == 1 else f"the same for all {summary.n} seeds"
+        return f"{text} ({seeds}, no interval)"
     low, high = format_score(summary.low, metric), format_score(summary.high, metric)
     return f"{text} (95% interval {low} to {high}, {summary.n} seeds)"
 

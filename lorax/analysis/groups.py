@@ -60,6 +60,11 @@ class Group:
         return self.trials + self.diverged + self.cut
 
     @property
+    def constant(self) -> tuple[Trial, ...]:
+        """The finished ones that predict the same for every dev example."""
+        return tuple(trial for trial in self.trials if trial.is_constant)
+
+    @property
     def has_row(self) -> bool:
         """Whether tables show it: not when halving has cut every trial."""
         return bool(self.trials or self.diverged)

@@ -11,6 +11,7 @@ from lorax.config import ADDED
 from lorax.errors import LoraxError
 
 ENDED = ("finished", "diverged", "cut")
+CORRELATIONS = ("matthews", "pearson", "spearman")  # 0 where one side is constant
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ class Trial:
     def score(self, epoch: str = "best", metric: str | None = None) -> float:
         """A dev metric (the main one unless named) in its raw unit; nan where it is absent."""
         return _number(self.metrics(epoch).get(metric or self.metric))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it predicted the same for every dev example, at its best evaluation.
+
+        Trials record it. Of older ones a correlation of exactly 0 tells it; an accuracy does not.
+        """
+        best = self.result.get("best")
+        is_told = isinstance(best, Mapping) and bool(best.get("constant"))
+        return is_told or any(self.metrics().get(name) == 0.0 for name in CORRELATIONS)
 
     def curve(self, kind: str, key: str) -> dict[int, float]:
         """The finite values of `key` by optimizer step, from the records of one `kind`."""

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
+
+ROUNDING = 1e-14  # relative: some tens of float64's last digits
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Summary:
       mean: arithmetic mean; nan when `n` is 0.
       std: sample standard deviation (`n - 1` in the denominator); nan when `n` < 2.
       median: nan when `n` is 0.
-      low: lower end of the confidence interval of the mean; nan when `n` < 2.
+      low: lower end of the confidence interval of the mean; nan when `n` < 2 or the values do not
+        differ (`has_spread`).
       high: its upper end.
     """
 
@@ -39,6 +43,18 @@ class Anova:
     within: int
 
 
+def has_spread(values: ArrayLike) -> bool:
+    """Whether the values of a sample differ by more than float64 rounds.
+
+    The rounding matters: `np.std([0.1, 0.1, 0.1])` is not 0.
+
+    >>> has_spread([0.1, 0.1, 0.1]), has_spread([0.5]), has_spread([0.1, 0.2])
+    (False, False, True)
+    """
+    x = np.asarray(values, float)
+    return bool(len(x) > 1 and np.ptp(x) > ROUNDING * np.abs(x).max())
+
+
 def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
     """Mean, spread and Student-t interval of a sample.
 
@@ -55,6 +71,8 @@ def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
     mean, median = (float(x.mean()), float(np.median(x))) if n else (math.nan, math.nan)
     if n < 2:
         return Summary(n, mean, math.nan, median, math.nan, math.nan)
+    if not has_spread(x):
+        return Summary(n, mean, 0.0, median, math.nan, math.nan)
     std = float(x.std(ddof=1))
     half = _quantile(confidence, n - 1) * std / math.sqrt(n)
     return Summary(n, mean, std, median, mean - half, mean + half)
@@ -69,15 +87,16 @@ def welch_interval(
     problem when several different population variances are involved", Biometrika 34, 1947).
 
     Returns:
-      (low, high); nan where either sample has fewer than two values.
+      (low, high); nan where either sample has fewer than two values, or neither has any spread:
+      without spread nothing tells a difference from chance.
     """
-    if min(len(a), len(b)) < 2:
+    if min(len(a), len(b)) < 2 or not (has_spread(a) or has_spread(b)):
         return math.nan, math.nan
     difference = float(np.mean(a) - np.mean(b))
-    variances = [float(np.var(x, ddof=1)) / len(x) for x in (a, b)]
+    variances = [float(np.var(x, ddof=1)) / len(x) if has_spread(x) else 0.0 for x in (a, b)]
     largest = max(variances)
-    if largest == 0.0:
-        return difference, difference
+    if largest == 0.0:  # underflow
+        return math.nan, math.nan
     # Ratios, because squares of tiny variances underflow.
     u, v = (variance / largest for variance in variances)
     degrees = (u + v) ** 2 / (u**2 / (len(a) - 1) + v**2 / (len(b) - 1))
@@ -95,7 +114,7 @@ def anova(groups: Sequence[Sequence[float]]) -> Anova | None:
       None with fewer than two groups of at least two values, or with no spread at all.
     """
     usable = [np.asarray(g, float) for g in groups if len(g) > 1]
-    if len(usable) < 2 or all(np.ptp(g) == 0.0 for g in usable):
+    if len(usable) < 2 or not any(map(has_spread, usable)):
         return None
     statistic, p = stats.f_oneway(*usable)
     within = sum(map(len, usable)) - len(usable)

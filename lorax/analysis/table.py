@@ -126,7 +126,7 @@ def metric_title(metric: str) -> str:
 
 
 def format_interval(summary: Summary, metric: str) -> str:
-    """`[low, high]` in the unit of `scale`; a dash for fewer than two seeds."""
+    """`[low, high]` in the unit of `scale`; a dash for one seed, or seeds that do not differ."""
     if not math.isfinite(summary.low):
         return MISSING
     return f"[{format_score(summary.low, metric)}, {format_score(summary.high, metric)}]"
@@ -199,7 +199,9 @@ def _result_entries(groups: Sequence[Group]) -> list[_Entry]:
         f"the main dev metric{unit} of each seed at its best epoch: mean ± sample standard "
         "deviation over seeds",
     )
-    interval = Column("95% interval", "Student-t interval of that mean over seeds; needs two seeds")
+    interval = Column(
+        "95% interval", "Student-t interval of that mean over seeds; needs seeds that differ"
+    )
     median = Column("median", "the median over seeds at the best epoch, as the LoRA paper reports")
     last = Column(
         f"{metric} (last)",
@@ -303,6 +305,11 @@ def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
         )
     if any(len(group.trials) == 1 for group in groups):
         notes.append(f"A row of one seed has no deviation and no interval ({MISSING}).")
+    if any(group.summary().std == 0.0 for group in groups):
+        notes.append(
+            f"A row whose seeds all score the same has no interval ({MISSING}): without spread, "
+            "nothing tells how sure its mean is."
+        )
     return tuple(notes)
 
 

@@ -95,12 +95,19 @@ class Lane:
         elif number % self.config.train.log_every == 0 or number == 1:
             self.tracker.log({"kind": "train", **point, "lr": lr})
 
-    def evaluated(self, metrics: dict[str, float], trainable: Callable[[], Any]) -> None:
+    def evaluated(
+        self,
+        metrics: dict[str, float],
+        trainable: Callable[[], Any],
+        *,
+        is_constant: bool = False,
+    ) -> None:
         """Record an evaluation.
 
         Args:
           metrics: of `lorax.train.evaluation.score`.
           trainable: gives what the trial trains, on the host; asked for a new best.
+          is_constant: every example of the first dev split has the same prediction.
         """
         progress, value = self.progress, metrics[self.metric]
         point = {"step": progress.step, "epoch": progress.step / self.batches_per_epoch}
@@ -110,6 +117,8 @@ class Lane:
             progress.reason = f"the dev {self.metric} is {value} at step {progress.step}"
             return
         progress.last = {**point, "metrics": metrics}
+        if is_constant:
+            progress.last["constant"] = True
         if goodness(self.metric, value) > self.standing:
             progress.best, progress.evaluations_since_best = progress.last, 0
             self.best = trainable()

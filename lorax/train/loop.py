@@ -13,6 +13,7 @@ from lorax.train.dataset import Dataset
 from lorax.train.engine import Engine, HostBatch
 from lorax.train.evaluation import predict_split, score
 from lorax.train.lane import Lane
+from lorax.train.metrics import is_constant
 
 
 def _nothing(loop: "Loop") -> None:
@@ -165,8 +166,11 @@ class Loop:
         for n, lane in enumerate(self.lanes):
             if lane.is_alive:
                 own = {name: x[n] for name, x in outputs.items()}
-                metrics = score(self.dataset, own)
-                lane.evaluated(metrics, lambda n=n: self.engine.trainable(n))  # type: ignore[misc]
+                lane.evaluated(
+                    score(self.dataset, own),
+                    lambda n=n: self.engine.trainable(n),  # type: ignore[misc]
+                    is_constant=is_constant(self.dataset.task.kind, next(iter(own.values()))),
+                )
 
     def end_lanes(self, *, all_of_them: bool = False) -> None:
         """Hand over every lane that is at its end and has not been handed over."""

@@ -90,6 +90,21 @@ def evaluate(
     return {name: METRICS[name](predicted, labels) for name in names}
 
 
+def is_constant(kind: str, outputs: np.ndarray) -> bool:
+    """Whether a classifier's or a regression's predictions are the same for every example.
+
+    Args:
+      kind: as of `evaluate`; a language model has no such predictions.
+      outputs: what the model gave, (n, classes) or (n, 1); n of at least 2 counts.
+
+    >>> is_constant("classification", np.array([[0., 1.], [2., 3.]]))
+    True
+    """
+    if kind == "causal_lm" or len(outputs) < 2:
+        return False
+    return bool(np.ptp(outputs[:, 0] if kind == "regression" else outputs.argmax(-1)) == 0)
+
+
 def _correlation(statistic, x: np.ndarray, y: np.ndarray) -> float:
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0

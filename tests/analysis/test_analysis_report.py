@@ -213,6 +213,58 @@ def test_single_seeds_claim_nothing(tmp_path):
     assert "ANOVA" not in text
 
 
+def write_scores(root, scores, *, metric="accuracy", **point):
+    """A trial for each seed's score of each rank; `point` adds to the best evaluation."""
+    for rank, seeds in scores.items():
+        for seed, score in enumerate(seeds):
+            config = make_config(rank=rank, seed=seed)
+            result = make_result(config, score, metric=metric)
+            result["best"] |= point
+            write_trial(root, f"r{rank}-s{seed}", config, result)
+    return root
+
+
+def test_without_spread_nothing_is_tested(tmp_path):
+    text = sentences(write_scores(tmp_path, {1: [0.7, 0.7], 2: [0.9, 0.9], 4: [0.8, 0.8]}))
+    assert "Rank 2 has the highest mean: accuracy 90.00 (the same for all 2 seeds, no" in text
+    assert "The scores of rank 2 and of ranks 1 and 4 do not vary over seeds" in text
+    assert not any(word in text for word in ("ahead", "excludes zero", "ANOVA", "told apart"))
+    table = build_report(tmp_path).settings
+    assert any("all score the same has no interval" in note for note in table.notes)
+
+
+def test_equal_means_have_no_winner(tmp_path):
+    text = sentences(write_scores(tmp_path / "all", {r: [0.1] * (r + 2) for r in (1, 2, 4)}))
+    assert "All 3 ranks have the same mean: accuracy 10.00. None is ahead." in text
+    assert "highest" not in text
+    scores = {1: [0.7, 0.8], 2: [0.85, 0.95], 4: [0.9, 0.9]}
+    text = sentences(write_scores(tmp_path / "two", scores))
+    assert "Ranks 2 and 4 share the highest mean: accuracy 90.00." in text
+    assert "Rank 2 cannot be told apart from ranks 1 and 4" in text
+    assert "Differences among ranks are within seed noise" in text
+
+
+@pytest.mark.parametrize(
+    ("score", "metric", "point"),
+    [(0.68, "accuracy", {"constant": True}), (0.0, "matthews", {})],  # of today, and of before
+)
+def test_constant_predictions_are_named(tmp_path, score, metric, point):
+    write_scores(tmp_path, {1: [score], 2: [score, score]}, metric=metric, **point)
+    write_scores(tmp_path, {4: [0.7, 0.8]}, metric=metric)
+    report = build_report(tmp_path)
+    text = " ".join(report.findings[0].sentences)
+    assert "3 of 3 trials of ranks 1 and 2 predict the same for every dev example" in text
+    assert any(line.startswith("3 of 5 finished trials predict the") for line in report.caveats)
+    assert "predict the same" not in sentences(write_sweep(tmp_path / "other"))
+
+
+def test_rates_that_do_as_well_are_no_edge_of_the_grid(tmp_path):
+    for n, lr in enumerate((1e-3, 2e-3, 4e-3)):
+        config = make_config(lr=lr)
+        write_trial(tmp_path, f"t{n}", config, make_result(config, 0.8))
+    assert "end of the grid" not in sentences(tmp_path)
+
+
 def test_an_edge_of_the_grid_is_named(tmp_path):
     assert "end of the grid" in sentences(write_sweep(tmp_path, rates=(1e-3, 4e-3)))
 

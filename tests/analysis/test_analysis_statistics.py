@@ -2,11 +2,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from lorax.analysis.statistics import anova, summarize, welch_interval
+from lorax.analysis.statistics import anova, has_spread, summarize, welch_interval
 
 scores = st.floats(0.0, 1.0, allow_nan=False, width=32)
 samples = st.lists(scores, min_size=2, max_size=12)
@@ -35,6 +35,7 @@ def test_welch_agrees_with_scipy(a, b):
 
 @given(samples, samples)
 def test_welch_is_antisymmetric_and_holds_the_difference(a, b):
+    assume(has_spread(a) or has_spread(b))
     low, high = welch_interval(a, b)
     assert low - 1e-12 <= np.mean(a) - np.mean(b) <= high + 1e-12
     assert welch_interval(b, a) == pytest.approx((-high, -low))
@@ -42,7 +43,9 @@ def test_welch_is_antisymmetric_and_holds_the_difference(a, b):
 
 @given(samples, st.floats(-5, 5))
 def test_interval_moves_with_the_sample(values, shift):
-    a, b = summarize(values), summarize([value + shift for value in values])
+    shifted = [value + shift for value in values]
+    assume(has_spread(values) and has_spread(shifted))
+    a, b = summarize(values), summarize(shifted)
     assert b.low - a.low == pytest.approx(shift, abs=1e-6)
     assert b.high - b.low == pytest.approx(a.high - a.low, abs=1e-6)
 
@@ -65,9 +68,22 @@ def test_empty_sample():
     assert math.isnan(summarize([]).mean)
 
 
-def test_constant_samples_have_no_width():
-    assert welch_interval([0.5, 0.5], [0.25, 0.25]) == (0.25, 0.25)
+@given(scores, st.integers(2, 12), scores, st.integers(2, 12))
+def test_without_spread_there_is_no_interval_and_no_test(x, n, y, m):
+    """Also where rounding makes the variance of equal values a little more than 0."""
+    a, b = [x] * n, [y / 3] * m
+    summary = summarize(a)
+    assert summary.std == 0.0 and summary.mean == pytest.approx(x)
+    assert math.isnan(summary.low) and math.isnan(summary.high)
+    assert all(map(math.isnan, welch_interval(a, b)))
+    assert anova([a, b]) is None
+
+
+def test_a_small_spread_is_one():
     assert welch_interval([1e-150, 2e-150], [0.0, 0.0])[0] < 0
+    low, high = welch_interval([0.1, 0.1, 0.1], [0.2, 0.3])  # one side varies: Student's interval
+    expected = stats.ttest_1samp([0.2, 0.3], 0.1).confidence_interval(0.95)
+    assert (0.1 - low, 0.1 - high) == pytest.approx((expected.high, expected.low))
 
 
 def test_anova_with_two_groups_is_the_t_test():

@@ -4,7 +4,7 @@ import scipy.stats
 import sklearn.metrics
 
 from lorax.errors import LoraxError
-from lorax.train.metrics import METRICS, evaluate
+from lorax.train.metrics import METRICS, evaluate, is_constant
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 2, 80)
@@ -48,6 +48,14 @@ def test_one_score_for_all_scores_zero(name):
     assert evaluate([name], "regression", constant, SCORES) == {name: 0.0}
     assert evaluate([name], "regression", GUESSES, np.full(80, 2.5)) == {name: 0.0}
     assert evaluate([name], "regression", GUESSES[:1], SCORES[:1]) == {name: 0.0}
+
+
+def test_constant_predictions_are_those_of_one_class_or_score():
+    one_class = np.abs(LOGITS) + np.array([0.0, 9.0])  # unlike logits, and one class
+    assert is_constant("classification", one_class)
+    assert is_constant("regression", np.full((80, 1), 2.5, np.float32))
+    assert not is_constant("classification", LOGITS) and not is_constant("regression", GUESSES)
+    assert not is_constant("causal_lm", np.ones((80, 3))) and not is_constant("regression", [[1]])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
