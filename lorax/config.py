@@ -124,6 +124,7 @@ class TrainConfig:
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
         sweep over ranks; exact (the padding never receives a gradient). None: no padding.
       checkpoint_every: optimizer steps between checkpoints, besides one at each evaluation.
+      checkpoint_minutes: most minutes between checkpoints; None: steps alone decide.
       keep_checkpoints: keep them when the trial has ended; they hold eight times what is trained.
       eval_every: optimizer steps between evaluations; None: at the end of each epoch. The last
         step is evaluated in any case.
@@ -144,6 +145,7 @@ class TrainConfig:
     max_shapes: int = 4
     pad_rank: int | None = None
     checkpoint_every: int | None = None
+    checkpoint_minutes: float | None = 10.0
     keep_checkpoints: bool = False
     eval_every: int | None = None
     early_stopping: int | None = None

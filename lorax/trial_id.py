@@ -10,7 +10,7 @@ from typing import Any
 from lorax.config import ADDED, LoraConfig, TrialConfig
 
 ELSEWHERE = ("tracking", "sweep", "output_dir")
-NEVER_COUNT = ("checkpoint_every", "keep_checkpoints")
+NEVER_COUNT = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
 
 
 def trial_id(config: TrialConfig) -> str:

@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "goodness": set(),
     "lock": BASICS,
     "process": set(),
+    "stop": set(),
     "free_memory": set(),
     "trial_id": BASICS,
     "tracking": BASICS,
@@ -22,10 +23,11 @@ MAY_IMPORT = {
     "generation": BASICS | {"lora", "models", "data"},
     "checkpoint": BASICS | {"lora"},
     "train": BASICS
-    | {"process", "lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
+    | {"process", "stop", "lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
     "sweep": BASICS
     | {
         "process",
+        "stop",
         "free_memory",
         "lock",
         "trial_id",

@@ -14,7 +14,10 @@ MODES = ("head", "lora", "full")
 CONTEXT = ("task.name", "model.name")
 
 _BOOKKEEPING = frozenset(
-    {"seed", "sweep", "output_dir", "train.checkpoint_every", "train.keep_checkpoints"}
+    {
+        *("seed", "sweep", "output_dir"),
+        *("train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
+    }
 )
 _BOOKKEEPING_PREFIXES = ("tracking.", "sweep.")
 _NAMED_BY = {

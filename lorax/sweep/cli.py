@@ -1,11 +1,12 @@
 """The door between Hydra and the library: DictConfig in, dataclasses out, faults in one line."""
 
+import contextlib
 import itertools
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lorax import stop
 from lorax.config import TrialConfig
 from lorax.data import content_of
 from lorax.errors import LoraxError
@@ -86,21 +88,34 @@ def _run_job(task: Callable[[TrialConfig], Any], config: DictConfig) -> Any:
 def at_the_door(call: Callable[[], T]) -> T:
     """`call()`, where a fault that the user can mend ends the process: one line, status 2.
 
-    With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
+    With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead. SIGINT and SIGTERM
+    end the process once a training loop has saved its step: one line, status 130 or 143; a second
+    one ends it at once.
     """
     quiet_libraries()
     prepare_process()
-    DOORS.add(os.getpid())
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its faults, instead of printing them
     try:
-        return call()
+        with _outermost():
+            return call()
     except (LoraxError, HydraException, OmegaConfBaseException, OSError) as fault:
         if SHOW_TRACEBACK:
             raise
         sys.exit(_report(fault))
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+
+
+@contextlib.contextmanager
+def _outermost() -> Iterator[None]:
+    """The process's own door takes its signals; one within it leaves them to it."""
+    if os.getpid() in DOORS:
+        yield
+        return
+    DOORS.add(os.getpid())
+    with stop.at_a_door():
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            stop.end(stopped)
 
 
 def own_arguments(

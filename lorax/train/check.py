@@ -35,6 +35,7 @@ def check_config(config: TrialConfig) -> None:
         _at_least_one(f"train.{name}", getattr(train, name))
     for name in ("max_steps", "pad_rank", "checkpoint_every", "eval_every", "early_stopping"):
         _at_least_one(f"train.{name}", getattr(train, name), optional=True)
+    _positive("train.checkpoint_minutes", train.checkpoint_minutes, optional=True)
     for name in ("max_train_samples", "max_dev_samples"):
         _at_least_one(f"task.{name}", getattr(config.task, name), optional=True)
     if config.task.max_length < 4:

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax import data
+from lorax import data, stop
 from lorax.config import TrainConfig
 from lorax.train.dataset import Dataset
 from lorax.train.engine import Engine, HostBatch
 from lorax.train.evaluation import predict_split, score
 from lorax.train.lane import Lane
 from lorax.train.metrics import is_constant
+
+AT_THE_START = "before the first step of training: nothing is lost"
 
 
 def _nothing(loop: "Loop") -> None:
@@ -48,6 +50,7 @@ class Loop:
         self.step, self._save, self._end, self._judge = step, save, end, judge
         self.full_steps: list[float] = []  # seconds of the steps of all lanes together
         self._width = len(lanes)
+        self._saved_step, self._saved_at = step, time.monotonic()
         self.train = lanes[0].config.train
         self.batches_per_epoch = lanes[0].batches_per_epoch
         self.total_steps = lanes[0].total_steps
@@ -57,17 +60,23 @@ class Loop:
         return [lane for lane in self.lanes if lane.is_alive]
 
     def run(self, bar: Any) -> None:
-        """Train to the end.
+        """Train to the end; a signal that stops the process acts when the step is saved.
 
         Args:
           bar: a progress bar with `update` and `set_postfix`.
         """
+        with stop.training():
+            self._run(bar)
+
+    def _run(self, bar: Any) -> None:
         self.end_lanes()  # killed after their last checkpoint, before their results
         pending: tuple[int, list[float], jax.Array] | None = None
         clock = time.perf_counter()
         for batches in self._batches():
             hypers = [lane.hyper(self.step) for lane in self.lanes]
             cost, is_new = self.engine.compile(hypers, batches)
+            if self.step == self._saved_step:
+                self._stop_if_asked()
             start, seconds = time.perf_counter(), None
             losses = self.engine.step(hypers, batches)
             rates = [float(hyper.lr) for hyper in hypers]
@@ -89,6 +98,8 @@ class Loop:
                 self._pause(due)
             if not self.alive():
                 break
+            if self.step == self._saved_step:
+                self._stop_if_asked()
             clock = time.perf_counter()
         self.end_lanes(all_of_them=True)
 
@@ -142,12 +153,21 @@ class Loop:
 
     def _due(self) -> str | None:
         """What the step just done is followed by: an evaluation, a checkpoint, or nothing."""
-        every = self.train.eval_every or self.batches_per_epoch
+        every, minutes = (
+            self.train.eval_every or self.batches_per_epoch,
+            self.train.checkpoint_minutes,
+        )
         if self.step % every == 0 or self.step == self.total_steps:
             return "evaluation"
-        if self.train.checkpoint_every and self.step % self.train.checkpoint_every == 0:
-            return "checkpoint"
-        return None
+        is_counted = self.train.checkpoint_every and self.step % self.train.checkpoint_every == 0
+        is_late = minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        return "checkpoint" if is_counted or is_late or stop.is_asked() else None
+
+    def _stop_if_asked(self) -> None:
+        """Let a signal act; all that was trained is saved."""
+        at = f"at step {self.step} of {self.total_steps}, which is saved"
+        standing = f"{at}; the same command goes on from there" if self.step else AT_THE_START
+        stop.act(standing)
 
     def _pause(self, due: str) -> None:
         if due == "evaluation" and self.alive():
@@ -155,6 +175,7 @@ class Loop:
             self._judge(self)
         if any(not lane.progress.reason for lane in self.lanes):
             self._save(self)  # weights that are not finite are not worth going on from
+            self._saved_step, self._saved_at = self.step, time.monotonic()
         self.end_lanes()
 
     def _evaluate(self) -> None:

@@ -18,7 +18,7 @@ OTHER = {
     "lora.alpha_pattern": {"query": 3.0},
 }
 ELSEWHERE = {"tracking", "sweep", "output_dir"}
-BOOKKEEPING = ["train.checkpoint_every", "train.keep_checkpoints"]
+BOOKKEEPING = ["train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"]
 
 
 def paths():
