@@ -1,17 +1,28 @@
 """Where a trial's numbers go: always JSONL, and W&B when asked."""
 
+import contextlib
 import json
+import logging
 import math
 import os
+import re
 import secrets
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from lorax.config import TrackingConfig
 from lorax.errors import LoraxError
 
+log = logging.getLogger(__name__)
 Record = dict[str, Any]
+METRICS = "metrics.jsonl"
+PENDING = "wandb-pending.json"  # in a trial's directory, until W&B has the trial's end
+FAILED, INTERRUPTED = 1, 255  # exit codes of a run, as W&B itself gives them
+LONGEST = 128  # characters that W&B takes for a name
+FINISH_SECONDS = 300.0
+_REFUSALS: list[str] = []  # why W&B's server was not reached from this process
 
 
 class Tracker(Protocol):
@@ -23,8 +34,8 @@ class Tracker(Protocol):
     def finish(self, summary: Record, adapter: Path | None) -> None:
         """The trial's end: its result and its adapter's folder."""
 
-    def close(self) -> None:
-        """Let go without an end: the trial goes on elsewhere."""
+    def close(self, exit_code: int = 0) -> None:
+        """Let go without an end: the trial goes on elsewhere, or later if `exit_code` is not 0."""
 
 
 class Jsonl:
@@ -54,13 +65,17 @@ class Jsonl:
         del summary, adapter
         self.close()
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """Close the file."""
+        del exit_code
         self._file.close()
 
 
 class Wandb:
     """A W&B run of one trial: offline unless a key is set or WANDB_MODE says otherwise.
+
+    Where the server cannot be reached or refuses, this run and the process's later ones are
+    offline, too.
 
     Args:
       config: project and entity.
@@ -73,21 +88,29 @@ class Wandb:
     def __init__(self, config: TrackingConfig, directory: Path, trial: dict[str, Any], step: int):
         import wandb
 
-        online = os.environ.get("WANDB_API_KEY") or _has_netrc_key()
-        self._run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            id=_run_id(directory, trial["trial_id"], step),
-            name=trial["trial_id"],
-            group=trial["sweep"]["name"],
-            job_type=trial["train"]["mode"],
-            config=trial,
-            dir=str(directory),
-            mode=None if "WANDB_MODE" in os.environ else "online" if online else "offline",
-            resume="allow",
-            reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off"),
-        )
+        options: dict[str, Any] = {
+            "project": config.project,
+            "entity": config.entity,
+            "id": _run_id(directory, trial["trial_id"], step),
+            "name": trial["trial_id"],
+            "group": trial["sweep"]["name"][:LONGEST],
+            "job_type": trial["train"]["mode"],
+            "config": trial,
+            "dir": str(directory),
+            "resume": "allow",
+            "reinit": "create_new",
+            "settings": wandb.Settings(silent=True, console="off", **_patience()),
+        }
+        try:
+            self._run = wandb.init(mode=_mode(), **options)
+        except wandb.errors.CommError as fault:
+            _REFUSALS.append(_reason(fault))
+            log.warning(
+                "W&B cannot be reached (%s): runs are kept offline; `wandb sync` sends them",
+                _REFUSALS[0],
+            )
+            options["id"] = _run_id(directory, trial["trial_id"], 0)  # the client holds the other
+            self._run = wandb.init(mode="offline", **options)
         self._run.define_metric("*", step_metric="optimizer_step")
 
     def log(self, record: Record) -> None:
@@ -106,14 +129,89 @@ class Wandb:
 
         self._run.summary.update(summary)
         if adapter is not None and adapter.exists():
-            artifact = wandb.Artifact(f"adapter-{self._run.name}", type="adapter")
+            artifact = wandb.Artifact(_legal(f"adapter-{self._run.name}"), type="adapter")
             artifact.add_dir(str(adapter))
             self._run.log_artifact(artifact)
-        self.close()
+        self.close(FAILED if summary["status"] == "diverged" else 0)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """End the run; the same trial goes on under the same id."""
-        self._run.finish()
+        self._run.finish(exit_code=exit_code)
+
+
+class Guarded:
+    """A tracker whose faults cost no trial: each trial's first is a warning and ends its tracking.
+
+    `wandb-pending.json` in the trial's directory tells from which step on the tracker has missed
+    records. Who opens the trial again, or calls `catch_up` after its end, makes up for them.
+
+    Args:
+      directory: the trial's, with its `metrics.jsonl`.
+      step: the step that training goes on from.
+      start: opens the tracker of a trial that goes on from a step.
+    """
+
+    def __init__(self, directory: Path, step: int, start: Callable[[int], Tracker]):
+        self._directory, self._tracker = directory, None
+        self._told = min(step, _told(directory, step))
+        with self._guard():
+            self._tracker = start(self._told)
+            _note(directory, None)
+        missed = read_jsonl(directory / METRICS) if self._told < step else []
+        for record in missed:
+            if self._told < record["step"] <= step:
+                self.log(record)
+
+    def log(self, record: Record) -> None:
+        """Pass a record on."""
+        self._told = max(self._told, record["step"] - 1)  # a step has several records
+        with self._guard() as tracker:
+            tracker.log(record)
+
+    def finish(self, summary: Record, adapter: Path | None) -> None:
+        """Pass the end on."""
+        with self._guard() as tracker:
+            tracker.finish(summary, adapter)
+            if self._tracker:  # one that has failed has not told the end
+                (self._directory / PENDING).unlink(missing_ok=True)
+
+    def close(self, exit_code: int = 0) -> None:
+        """Close the tracker."""
+        with self._guard() as tracker:
+            tracker.close(exit_code)
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[Any]:
+        tracker = self._tracker or Silent()
+        try:
+            with _quiet_logs():
+                yield tracker
+        except Exception as fault:  # of W&B, the network or the disk: no common base class
+            self._tracker = None
+            with contextlib.suppress(Exception), _quiet_logs():
+                tracker.close(FAILED)
+            with contextlib.suppress(OSError):
+                _note(self._directory, self._told)
+            log.warning(
+                "%s: W&B has failed (%s) and misses the rest of this trial, which goes on; "
+                "metrics.jsonl has all of it, and the same command given again sends what is "
+                "missing",
+                self._directory.name,
+                _reason(fault),
+            )
+
+
+class Silent:
+    """A tracker that tells nobody."""
+
+    def log(self, record: Record) -> None:
+        """Nothing."""
+
+    def finish(self, summary: Record, adapter: Path | None) -> None:
+        """Nothing."""
+
+    def close(self, exit_code: int = 0) -> None:
+        """Nothing."""
 
 
 class Both:
@@ -132,20 +230,39 @@ class Both:
         for tracker in self._trackers:
             tracker.finish(summary, adapter)
 
-    def close(self) -> None:
+    def close(self, exit_code: int = 0) -> None:
         """Close each."""
         for tracker in self._trackers:
-            tracker.close()
+            tracker.close(exit_code)
 
 
 def open_tracker(
     config: TrackingConfig, directory: Path, trial: dict[str, Any], step: int
 ) -> Tracker:
     """The trackers of a trial that goes on from `step`."""
-    jsonl = Jsonl(directory / "metrics.jsonl", step)
+    jsonl = Jsonl(directory / METRICS, step)
     if config.kind == "wandb":
-        return Both(jsonl, Wandb(config, directory, trial, step))
+        return Both(jsonl, _guarded_wandb(config, directory, trial, step))
     return jsonl
+
+
+def is_behind(config: TrackingConfig, directory: Path) -> bool:
+    """Whether W&B was opened for a trial and lacks its end."""
+    return config.kind == "wandb" and (directory / PENDING).exists()
+
+
+def catch_up(
+    config: TrackingConfig, directory: Path, trial: dict[str, Any], result: Record
+) -> None:
+    """Send W&B what it has missed of a trial that has ended: records, summary and artifact."""
+    tracker = _guarded_wandb(config, directory, trial, result["steps"])
+    tracker.finish(result, directory / "adapter")
+
+
+def _guarded_wandb(
+    config: TrackingConfig, directory: Path, trial: dict[str, Any], step: int
+) -> Guarded:
+    return Guarded(directory, step, lambda told: Wandb(config, directory, trial, told))
 
 
 def read_jsonl(path: Path) -> list[Record]:
@@ -188,8 +305,62 @@ def _run_id(directory: Path, name: str, step: int) -> str:
     path = directory / "wandb" / "run-id"
     path.parent.mkdir(exist_ok=True)
     if step == 0 or not path.exists():
-        path.write_text(f"{name}-{secrets.token_hex(4)}\n")
+        path.write_text(f"{_legal(name, LONGEST - 9)}-{secrets.token_hex(4)}\n")
     return path.read_text().strip()
+
+
+def _legal(name: str, longest: int = LONGEST) -> str:
+    """A name in characters that W&B takes; of a long one the end stays, which holds the hash.
+
+    >>> _legal("adapter-r8-qv+mlp-lr1e+06-s0-0123abcd")
+    'adapter-r8-qv_mlp-lr1e_06-s0-0123abcd'
+    """
+    return re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[-longest:]
+
+
+def _note(directory: Path, told: int | None) -> None:
+    """Note that W&B lacks the trial's end, and from which step on the rest, after a fault."""
+    (directory / PENDING).write_text(json.dumps({"told": told}) + "\n")
+
+
+def _told(directory: Path, otherwise: int) -> int:
+    """The step up to which W&B was told of a trial, as noted."""
+    try:
+        told = json.loads((directory / PENDING).read_text())["told"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return otherwise
+    return told if isinstance(told, int) else otherwise
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """On a full disk, `logging` would print a traceback for each line of W&B's own debug log."""
+    before, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = before
+
+
+def _reason(fault: Exception) -> str:
+    text = next((line.strip() for line in str(fault).splitlines() if line.strip()), "")
+    return f"{type(fault).__name__}: {text}" if text else type(fault).__name__
+
+
+def _mode() -> Literal["online", "offline"] | None:
+    """W&B's mode; None where the environment says it."""
+    if _REFUSALS:
+        return "offline"
+    if "WANDB_MODE" in os.environ:
+        return None
+    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
+
+
+def _patience() -> dict[str, Any]:
+    """How long a run's end waits for uploads: for ever is W&B's default, without a network, too."""
+    if "WANDB_FINISH_TIMEOUT" in os.environ:
+        return {}
+    return {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
 
 
 def _has_netrc_key() -> bool:

@@ -114,7 +114,12 @@ def lorax_epoch(options: argparse.Namespace, out: Path) -> Record:
     compile_shapes(engine, lane)
     # No checkpoint and no result: they would come after the last step.
     loop = Loop(
-        lane.dataset, [lane], engine, step=0, save=lambda _: None, end=lambda _, lane: lane.close()
+        lane.dataset,
+        [lane],
+        engine,
+        step=0,
+        save=lambda _: None,
+        end=lambda _, lane: lane.tracker.close(),
     )
     setup, clock = time.perf_counter() - STARTED, Clock()
     loop.run(clock)

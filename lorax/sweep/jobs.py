@@ -15,13 +15,14 @@ from typing import Any
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from lorax import stop
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.process import prepare_process
 from lorax.sweep.cli import quiet_libraries
 from lorax.sweep.groups import group_for_jobs
 from lorax.sweep.pack import ended_result, is_open
-from lorax.sweep.packed import checked, run_packed
+from lorax.sweep.packed import checked, run_packed, track_ends
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
@@ -54,14 +55,15 @@ class Job:
         prepare_process()
         try:
             os.chdir(self.directory)
-            return run_packed(self.trials)
+            with stop.in_a_job():
+                return run_packed(self.trials)
         except Exception as fault:
             raise JobFailed(_reason(fault)) from fault
 
     def checkpoint(self) -> Any:
         """What submitit is to submit again at preemption or timeout: the same job.
 
-        Its packs go on from their own checkpoints.
+        Its packs go on from their own checkpoints; the step that was trained last is saved.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -102,6 +104,7 @@ def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | Lor
     """
     _leave_accelerators_alone()
     unique = checked(trials, devices_are_here=False)
+    track_ends(unique)
     jobs = [Job([unique[n] for n in group]) for group in group_for_jobs(unique)]
     # Whole groups: a pack that was cut short goes on with its ended trials in their lanes.
     jobs = [job for job in jobs if any(map(is_open, job.trials))]

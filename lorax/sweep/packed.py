@@ -20,6 +20,7 @@ from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs, tidy
 from lorax.sweep.planner import plan_packs
 from lorax.sweep.runner import run_pack
 from lorax.sweep.serial import check_trials
+from lorax.train.trial import track_end
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
         be written; a single trial that does not fit in memory.
     """
     unique = checked(trials)
+    track_ends(unique)
     tell_why_apart(unique)
     is_waiting = False
     while pending := [trial for trial in unique if is_open(trial)]:
@@ -78,6 +80,13 @@ def checked(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> 
     if len(unique) < len(trials):
         log.info("%d of %d trials are the same as others", len(trials) - len(unique), len(trials))
     return unique
+
+
+def track_ends(trials: Sequence[TrialConfig]) -> None:
+    """Send trackers what they have missed of the trials that have ended already."""
+    for trial in trials:
+        if not is_open(trial):
+            track_end(trial)
 
 
 def tell_why_apart(trials: Sequence[TrialConfig]) -> None:

@@ -22,6 +22,7 @@ from lorax.sweep.engine import PackEngine, mesh_of, trains_alone
 from lorax.sweep.halving import judge
 from lorax.sweep.pack import Pack, is_open, read_record, write_record
 from lorax.sweep.standing import Leg, legs_of
+from lorax.tracking import Silent
 from lorax.train.dataset import load_dataset
 from lorax.train.lane import Lane
 from lorax.train.loop import Loop
@@ -190,8 +191,7 @@ def _tell_start(leg: Leg, total: int) -> None:
 def _open_lanes(leg: Leg, opened: contextlib.ExitStack) -> list[Lane]:
     lanes: list[Lane] = []
     for trial, start in zip(leg.trials, leg.starts, strict=True):
-        lanes.append(_lane(trial, start))
-        opened.callback(lanes[-1].close)
+        lanes.append(opened.enter_context(_lane(trial, start)))
     since = min(lane.meter.started for lane in lanes)  # when the first was prepared
     for lane in lanes:
         lane.meter.share(len(lanes), since)
@@ -249,20 +249,7 @@ def _lane(trial: TrialConfig, start: Start) -> Lane:
         return open_lane(trial, directory, start)
     dataset = load_dataset(trial)
     _, _, best, progress, meter = start
-    return Lane(trial, directory, start.setup, dataset, _Silent(), best, progress, meter)
-
-
-class _Silent:
-    """The tracker of a lane that has ended."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def finish(self, summary: dict[str, Any], adapter: Path | None) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    return Lane(trial, directory, start.setup, dataset, Silent(), best, progress, meter)
 
 
 def _save(loop: Loop, engine: PackEngine, checkpoints: Checkpoints) -> None:

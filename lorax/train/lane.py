@@ -8,7 +8,7 @@ from typing import Any
 
 from lorax.config import TrialConfig
 from lorax.goodness import goodness
-from lorax.tracking import Tracker
+from lorax.tracking import FAILED, INTERRUPTED, Tracker
 from lorax.train.dataset import Dataset, epoch_steps, total_steps
 from lorax.train.measure import Meter
 from lorax.train.optimizer import Hyper
@@ -31,6 +31,13 @@ class Progress:
     stopped_early: bool = False
     reason: str | None = None
     cut: dict[str, Any] | None = None
+
+
+def _exit_code(fault: type[BaseException] | None) -> int:
+    """What a tracker is told of how a trial was left."""
+    if fault is None:
+        return 0
+    return FAILED if issubclass(fault, Exception) else INTERRUPTED
 
 
 @dataclass
@@ -56,10 +63,13 @@ class Lane:
         o = self.config.optimizer
         self._factor = lr_factor(o.schedule, self.total_steps, o.warmup_ratio)
 
-    def close(self) -> None:
-        """Let go of a trial that has not ended: it goes on elsewhere."""
+    def __enter__(self) -> "Lane":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Let go of a trial that has not ended: it goes on elsewhere, or after a fault later."""
         if not self.has_ended:
-            self.tracker.close()
+            self.tracker.close(_exit_code(kind))
 
     @property
     def is_alive(self) -> bool:

@@ -16,15 +16,15 @@ from tqdm.auto import tqdm
 from lorax.checkpoint import Checkpoints, write_json
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.lock import locked
-from lorax.tracking import open_tracker
+from lorax.lock import BusyError, locked
+from lorax.tracking import catch_up, is_behind, open_tracker
 from lorax.train.dataset import load_dataset
 from lorax.train.engine import Solo
 from lorax.train.lane import Lane, Progress
 from lorax.train.loop import Loop
 from lorax.train.measure import Meter, reset_peak_rss
 from lorax.train.restore import CHECKPOINTS, POINTER, restore
-from lorax.train.results import Result, finished_result, write_result
+from lorax.train.results import Result, finished_result, read_result, write_result
 from lorax.train.setup import Setup, check_trial, hyper_of, prepare
 from lorax.train.step import State, init_state
 from lorax.trial_id import trial_dir, trial_id
@@ -56,6 +56,7 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
     directory = trial_dir(config)
     if resume and (result := finished_result(directory)):
         log.info("%s is finished, skipped", directory)
+        track_end(config)
         return result
     check_trial(config)
     with writing(directory):
@@ -112,11 +113,26 @@ def open_lane(config: TrialConfig, directory: Path, start: Start) -> Lane:
     """The trial's side of the loop; its config is written, its records go on from its start."""
     dataset = load_dataset(config)
     write_json(directory / "config.json", dataclasses.asdict(config))
-    trial = {**dataclasses.asdict(config), "trial_id": trial_id(config)}
-    tracker = open_tracker(config.tracking, directory, trial, start.progress.step)
+    step = start.progress.step
+    tracker = open_tracker(config.tracking, directory, _described(config), step)
     return Lane(
         config, directory, start.setup, dataset, tracker, start.best, start.progress, start.meter
     )
+
+
+def _described(config: TrialConfig) -> dict[str, Any]:
+    """The config as trackers get it."""
+    return {**dataclasses.asdict(config), "trial_id": trial_id(config)}
+
+
+def track_end(config: TrialConfig) -> None:
+    """Send a tracker what it has missed of a trial that has ended, if anything."""
+    directory = trial_dir(config)
+    if not is_behind(config.tracking, directory):
+        return
+    with contextlib.suppress(BusyError), locked(directory):
+        if result := read_result(directory):
+            catch_up(config.tracking, directory, _described(config), result)
 
 
 def clean(config: TrialConfig, directory: Path) -> None:
@@ -136,8 +152,7 @@ def _train(config: TrialConfig, directory: Path) -> Result:
     reset_peak_rss()
     start = find_start(config, directory)
     with contextlib.ExitStack() as opened:
-        lane = open_lane(config, directory, start)
-        opened.callback(lane.close)
+        lane = opened.enter_context(open_lane(config, directory, start))
         checkpoints = opened.enter_context(closing(Checkpoints(directory / CHECKPOINTS)))
         if step := lane.progress.step:
             log.info("%s goes on from step %d of %d", directory, step, lane.total_steps)

@@ -1,14 +1,20 @@
 """The real W&B client, offline; what it wrote is read back from its log."""
 
 import json
+import logging
 import re
+import signal
 import struct
 import time
 
 import pytest
 
-from lorax.sweep import run_trials
+from lorax import stop, tracking
+from lorax.errors import LoraxError
+from lorax.sweep import run_packed, run_trials
+from lorax.train import run_trial
 from lorax.trial_id import trial_dir, trial_id
+from tests.helpers.signals import SignalAt
 
 BLOCK, HEADER = 32768, 7
 FULL, LAST = 1, 4
@@ -58,8 +64,13 @@ def trials(world, tmp_path, offline):
 
 
 def whole_run(trial):
-    """All records of the trial's one run; W&B's own process may write the last after `finish`."""
+    """All records of the trial's one run."""
     (path,) = (trial_dir(trial) / "wandb").glob("offline-run-*/run-*.wandb")
+    return whole(path)
+
+
+def whole(path):
+    """All records of a run; W&B's own process may write the last after `finish`."""
     deadline = time.monotonic() + 20
     while not any(r.HasField("exit") for r in records(path)):
         assert time.monotonic() < deadline, f"{path} has no exit record"
@@ -74,6 +85,135 @@ def test_two_trials_of_a_process_are_two_whole_runs(trials):
         check_history([values(r.history.item) for r in found if r.HasField("history")], trial)
         check_summary([r.summary for r in found if r.HasField("summary")], result)
         assert [r.exit.exit_code for r in found if r.HasField("exit")] == [0]
+
+
+def exit_codes(trial):
+    return [r.exit.exit_code for r in whole_run(trial) if r.HasField("exit")]
+
+
+def artifacts(trial):
+    return [r.artifact.name for r in whole_run(trial) if r.HasField("artifact")]
+
+
+def steps(found):
+    return [dict(values(r.history.item))["_step"] for r in found if r.HasField("history")]
+
+
+def test_no_fault_of_tracking_costs_a_trial_of_a_pack(world, tmp_path, offline, caplog):
+    """Ids with a plus; a trial that diverges; one whose W&B folder cannot be made."""
+
+    def trial(lr=0.01, targets="qv", seed=0):
+        optimizer = {"lr": lr, "warmup_ratio": 0.0}
+        train = {"max_steps": 4, "eval_every": 2, "log_every": 1}
+        return world.trial(
+            tmp_path,
+            lora={"targets": targets},
+            optimizer=optimizer,
+            tracking={"kind": "wandb"},
+            train=train,
+            seed=seed,
+        )
+
+    good, diverging, blocked = pack = [trial(0.01, ["q", "mlp"]), trial(1e30), trial(seed=1)]
+    assert all("+" in trial_id(t) for t in (good, diverging))
+    block = trial_dir(blocked) / "wandb"
+    block.parent.mkdir(parents=True)
+    block.write_text("")
+    with caplog.at_level(logging.WARNING, "lorax"):
+        ends = [result["status"] for result in run_packed(pack)]
+    assert ends == ["finished", "diverged", "finished"]
+    assert artifacts(good) == [f"adapter-{trial_id(good)}".replace("+", "_")]
+    assert exit_codes(good) == [0] and exit_codes(diverging) == [1]
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.tracking")
+    assert warning.startswith(f"{trial_id(blocked)}: W&B has failed (FileExistsError: ")
+    metrics = (trial_dir(blocked) / "metrics.jsonl").read_bytes()
+
+    block.unlink()
+    before = (trial_dir(blocked) / "result.json").stat().st_mtime_ns
+    run_packed(pack)  # the same command: nothing is trained
+    assert (trial_dir(blocked) / "result.json").stat().st_mtime_ns == before
+    assert (trial_dir(blocked) / "metrics.jsonl").read_bytes() == metrics
+    found = whole_run(blocked)
+    check_history([values(r.history.item) for r in found if r.HasField("history")], blocked)
+    assert artifacts(blocked) == [f"adapter-{trial_id(blocked)}"] and exit_codes(blocked) == [0]
+    assert not list(tmp_path.rglob(tracking.PENDING))
+    assert len(list(tmp_path.rglob("offline-run-*"))) == 3  # those that W&B has are left alone
+
+
+def test_what_a_fault_kept_from_it_is_sent_when_the_trial_goes_on(tmp_path, offline, caplog):
+    """The run is ended from outside, so that the client refuses the next record."""
+    trial = {"trial_id": "t", "sweep": {"name": "s" * 200}, "train": {"mode": "lora"}}
+    config = tracking.TrackingConfig(kind="wandb")
+    lines = [{"kind": "train", "step": step, "loss": step / 2} for step in (1, 2, 3, 4)]
+    both = tracking.open_tracker(config, tmp_path, trial, 0)
+    both.log(lines[0])
+    both.log(lines[1])
+    both._trackers[1]._tracker._run.finish()
+    both.log(lines[2])
+    both.log(lines[3])
+    both.close(tracking.INTERRUPTED)
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.tracking")
+    assert "W&B has failed (UsageError: " in warning
+
+    again = tracking.open_tracker(config, tmp_path, trial, 3)  # the last checkpoint's step
+    again.log(lines[3])
+    again.close(tracking.INTERRUPTED)
+    assert tracking.read_jsonl(tmp_path / "metrics.jsonl") == lines
+    first, second = map(whole, sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
+    assert (steps(first), steps(second)) == ([1, 2], [3, 4])
+    (first_id, second_id) = (
+        {r.run.run_id for r in f if r.HasField("run")} for f in (first, second)
+    )
+    assert first_id == second_id
+    assert [r.exit.exit_code for r in second if r.HasField("exit")] == [255]
+
+
+def test_a_trial_that_crashes_is_a_failed_run(world, tmp_path, offline):
+    trial = world.trial(tmp_path, tracking={"kind": "wandb"})
+    blocked = trial_dir(trial) / "checkpoints"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("")
+    with pytest.raises(LoraxError, match="cannot write"):
+        run_trial(trial)
+    assert exit_codes(trial) == [1]
+
+
+def test_a_trial_that_is_stopped_is_an_interrupted_run(world, tmp_path, offline):
+    trial = world.trial(
+        tmp_path,
+        tracking={"kind": "wandb"},
+        train={"max_steps": 60, "eval_every": 60, "log_every": 1},
+    )
+    with SignalAt(signal.SIGINT, trial, 3), pytest.raises(stop.Stopped), stop.at_a_door():
+        run_trial(trial)
+    assert exit_codes(trial) == [255]
+
+
+def test_a_server_that_is_not_reached_leaves_the_run_offline(
+    tmp_path, offline, monkeypatch, caplog
+):
+    import wandb
+
+    monkeypatch.setattr(tracking, "_REFUSALS", [])
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    wandb.teardown()
+    trial = {"trial_id": "t", "sweep": {"name": "s"}, "train": {"mode": "lora"}}
+    try:
+        for name in ("one", "two"):  # the second does not try
+            (tmp_path / name).mkdir()
+            tracker = tracking.open_tracker(
+                tracking.TrackingConfig(kind="wandb"), tmp_path / name, trial, 0
+            )
+            tracker.log({"kind": "train", "step": 1, "loss": 0.5})
+            tracker.close()
+    finally:
+        wandb.teardown()  # it has read the environment
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.tracking")
+    assert "cannot be reached" in warning and "wandb sync" in warning
+    runs = list(tmp_path.glob("*/wandb/offline-run-*/run-*.wandb"))
+    assert [steps(whole(path)) for path in runs] == [[1], [1]]
 
 
 def check_run(run, trial):
