@@ -8,7 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Settings that older trials do not know, and what they had instead.
-ADDED: dict[str, Any] = {"train.remat": False, "train.label_smoothing": 0.0, "task.content": None}
+ADDED: dict[str, Any] = {
+    "train.remat": False,
+    "train.label_smoothing": 0.0,
+    "task.content": None,
+    "model.content": None,
+    "model.tokenizer_content": None,
+}
+# Which fields say what a trial is trained on, by SHA-256.
+CONTENT = {
+    "data": "task.content",
+    "tokenizer": "model.tokenizer_content",
+    "base": "model.content",
+}
 
 
 @dataclass
@@ -22,7 +34,7 @@ class TaskConfig:
         then on the hub. Of a decoder's task the file or folder that docs/data.md describes.
       max_length: longest token sequence, special tokens included; longer ones are truncated, and
         a `text` is cut into blocks of this length.
-      content: the SHA-256 of a decoder's files, which the commands fill in: with another content it
+      content: the SHA-256 of the task's files, which the commands fill in: with another content it
         is another trial.
       max_train_samples: train on this many examples, a fixed draw that no seed changes.
       max_dev_samples: likewise for each dev split.
@@ -49,6 +61,9 @@ class ModelConfig:
         (the checkpoint's own dense + tanh over the first token, trained with the head).
       attention: `xla` or `cudnn` (both `jax.nn.dot_product_attention`), or `einsum` (plain).
       dropout: hidden and attention dropout while training; None takes the checkpoint's own.
+      content: the SHA-256 of the base's config and weights, or their commit on the hub, which the
+        commands fill in: with another content it is another trial.
+      tokenizer_content: likewise of the tokenizer's files.
     """
 
     name: str = "minilm"
@@ -57,6 +72,8 @@ class ModelConfig:
     pooling: str = "mean"
     attention: str = "einsum"
     dropout: float | None = None
+    content: str | None = None
+    tokenizer_content: str | None = None
 
 
 @dataclass

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorax.config import TrialConfig
-from lorax.data import content_of
 from lorax.errors import LoraxError
 from lorax.process import prepare_process
-from lorax.trial_id import trial_id
+from lorax.train.content import with_content
+from lorax.trial_id import trial_dir
 
 T = TypeVar("T")
 DOORS: set[int] = set()  # the process that a command started in; workers have none
@@ -28,7 +28,7 @@ SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def config_of(config: DictConfig) -> TrialConfig:
-    """The trial that a composed config describes, resolved and type-checked.
+    """The trial that a composed config describes, resolved, type-checked, its content named.
 
     Raises:
       LoraxError: a missing or ill-typed value.
@@ -42,17 +42,14 @@ def config_of(config: DictConfig) -> TrialConfig:
     except OmegaConfBaseException as fault:
         raise LoraxError(one_line(fault)) from fault
     assert isinstance(trial, TrialConfig)
-    task = trial.task
-    if task.content is None:
-        task.content = content_of(task.name, task.data_dir)
-    return trial
+    return with_content(trial)
 
 
 def register() -> None:
     """Tell Hydra the schema, and `${trial_id:}`, which names a trial's directory."""
     ConfigStore.instance().store(name="trial", node=TrialConfig)
     OmegaConf.register_new_resolver(
-        "trial_id", lambda *, _root_: trial_id(config_of(_root_)), replace=True
+        "trial_id", lambda *, _root_: trial_dir(config_of(_root_)).name, replace=True
     )
 
 
@@ -138,9 +135,8 @@ def compose_trial(
             raise LoraxError(f"{word}: this command sets {name} itself; leave it out")
     with hydra.initialize_config_module("conf", version_base=None):
         trial = config_of(hydra.compose("finetune", [f"experiment={experiment}", *overrides]))
-    path = str(data_dir.resolve())
-    task = replace(trial.task, data_dir=path, content=content_of(trial.task.name, path))
-    return replace(trial, task=task)
+    task = replace(trial.task, data_dir=str(data_dir.resolve()), content=None)
+    return with_content(replace(trial, task=task))
 
 
 def quiet_libraries() -> None:

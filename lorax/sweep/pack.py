@@ -14,7 +14,7 @@ from lorax.config import TrialConfig
 from lorax.lock import BusyError, locked
 from lorax.train.restore import CHECKPOINTS, pointed_to
 from lorax.train.results import finished_result, read_result
-from lorax.trial_id import sweep_dir, trial_dir, trial_id
+from lorax.trial_id import sweep_dir, trial_dir
 
 PACKS = "packs"
 RECORD = {"trials", "tokens_at_once", "lanes", "predicted"}
@@ -38,8 +38,8 @@ class Pack:
 
     @property
     def ids(self) -> list[str]:
-        """The trials' ids, in order."""
-        return [trial_id(trial) for trial in self.trials]
+        """The names of the trials' directories, in order."""
+        return [trial_dir(trial).name for trial in self.trials]
 
     @property
     def name(self) -> str:

@@ -36,7 +36,7 @@ from lorax.train.trial import (
     run_trial,
     writing,
 )
-from lorax.trial_id import trial_dir, trial_id
+from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
 # XLA's own error is at times passed on as a ValueError.
@@ -269,7 +269,7 @@ def _save(loop: Loop, engine: PackEngine, checkpoints: Checkpoints) -> None:
     """One checkpoint for all lanes, and a pointer to it in each trial's directory."""
     best = engine.stack_trainables([lane.best for lane in loop.lanes])
     record = {
-        trial_id(lane.config): {"index": n, **lane.record()} for n, lane in enumerate(loop.lanes)
+        lane.directory.name: {"index": n, **lane.record()} for n, lane in enumerate(loop.lanes)
     }
     checkpoints.save(loop.step, {"state": engine.host_state(), "best": best}, {"lanes": record})
     for lane in loop.alive():

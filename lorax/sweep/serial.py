@@ -14,13 +14,14 @@ from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.goodness import goodness
 from lorax.train import check_trial, run_trial
-from lorax.trial_id import trial_id
+from lorax.train.content import refuse_other_content
+from lorax.trial_id import trial_dir, trial_id
 
 log = logging.getLogger(__name__)
 
 
 def check_trials(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> None:
-    """Refuse a sweep before any of it trains; see `check_trial`.
+    """Refuse a sweep before any of it trains; see `check_trial` and `refuse_other_content`.
 
     Raises:
       LoraxError: the first trial that cannot run, and why.
@@ -28,6 +29,7 @@ def check_trials(trials: Sequence[TrialConfig], *, devices_are_here: bool = True
     for trial in trials:
         try:
             check_trial(trial, devices_are_here=devices_are_here)
+            refuse_other_content(trial, trial_dir(trial))
         except LoraxError as fault:
             where = f" (trial {trial_id(trial)})" if len(trials) > 1 else ""
             raise LoraxError(f"{fault}{where}") from fault
