@@ -13,6 +13,7 @@ import numpy as np
 
 from lorax.process import PREPARED
 from lorax.train.compiler import compiler_options
+from lorax.train.provenance import code_commit, lorax_version, now, package_versions
 
 KEEP_STEPS = 128
 _COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
@@ -41,6 +42,7 @@ class Meter:
       compile_seconds: time spent compiling the step, in all legs up to their last checkpoint.
       lanes: trials that the process trains together; time and compilation are shared evenly.
       most_lanes: of all legs: what the result tells.
+      began: when the first leg started, in UTC; None of a checkpoint that does not say.
     """
 
     shapes: dict[int, StepCost] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Meter:
     started: float = field(default_factory=lambda: time.perf_counter())  # noqa: PLW0108 (tests set the clock)
     lanes: int = 1
     most_lanes: int = 1
+    began: str | None = field(default_factory=now)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed trial's costs are the whole trial's."""
@@ -62,6 +65,7 @@ class Meter:
             "step_seconds": self.step_seconds[-KEEP_STEPS:],
             "steps_by_tokens": {str(t): n for t, n in self.steps_by_tokens.items()},
             "seconds": self.seconds,
+            "began": self.began,
         }
 
     @classmethod
@@ -72,6 +76,7 @@ class Meter:
             earlier_seconds=record["seconds"],
             compile_seconds=record["compile_seconds"],
             most_lanes=record["most_lanes"],
+            began=record.get("began"),
         )
         meter.earlier = {int(t): StepCost(**cost) for t, cost in record["shapes"].items()}
         meter.steps_by_tokens = {int(t): n for t, n in record["steps_by_tokens"].items()}
@@ -203,7 +208,7 @@ def _peak_device() -> int | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and by which versions."""
     device = jax.devices()[0]
     return {
         "device": _processor() if device.platform == "cpu" else device.device_kind,
@@ -211,20 +216,11 @@ def environment() -> dict[str, Any]:
         "devices": jax.device_count(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-        "lorax": _version("lorax-flax"),
+        **package_versions(),
+        "lorax": lorax_version(),
+        "commit": code_commit(),
         **PREPARED,
     }
-
-
-def _version(package: str) -> str | None:
-    """None for a clone that was not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

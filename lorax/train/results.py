@@ -13,6 +13,7 @@ from lorax.tracking import finite
 from lorax.train.content import with_content
 from lorax.train.lane import Lane
 from lorax.train.measure import environment
+from lorax.train.provenance import command_line, now
 from lorax.train.restore import RESULT
 from lorax.train.setup import HEAD, Setup
 
@@ -110,6 +111,11 @@ def _result(lane: Lane, adapter_bytes: int) -> Result:
         **lane.meter.summary(),
         "adapter_bytes": adapter_bytes,
         "base_bytes": _base_bytes(lane.setup),
+        "seed": lane.config.seed,
+        "content": dataclasses.asdict(lane.setup.content),
+        "command": command_line(),
+        "began": lane.meter.began,
+        "ended": now(),
         "environment": environment(),
     }
     return finite(result)

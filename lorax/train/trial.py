@@ -24,6 +24,7 @@ from lorax.train.engine import Solo
 from lorax.train.lane import Lane, Progress
 from lorax.train.loop import Loop
 from lorax.train.measure import Meter, reset_peak_rss
+from lorax.train.provenance import code_commit
 from lorax.train.restore import CHECKPOINTS, POINTER, RESULT, restore
 from lorax.train.results import Result, drop_incomplete, finished_result, write_result
 from lorax.train.setup import Setup, check_trial, hyper_of, prepare
@@ -122,6 +123,7 @@ def open_lane(config: TrialConfig, directory: Path, start: Start) -> Lane:
     The config names the content that it is trained on, even where the trial's own does not.
     """
     dataset = load_dataset(config)
+    code_commit()  # as it is now: later the clone may be at another one
     drop_incomplete(directory)
     described = dataclasses.asdict(with_content(config, start.setup.content))
     write_json(directory / "config.json", described)
