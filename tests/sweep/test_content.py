@@ -1,4 +1,4 @@
-"""Data, tokenizer or base that change under the same name: nothing goes on, and nothing is mixed."""
+"""Data, tokenizer or base that change under one name: nothing goes on, nothing is mixed."""
 
 import dataclasses
 import json
@@ -157,7 +157,7 @@ def test_a_trial_goes_on_with_what_it_began_with_and_with_nothing_else(cut_short
     for directory in configs:
         forget_content(directory)
     change(files / name)
-    with pytest.raises(LoraxError, match="was trained with another content of task.data_dir"):
+    with pytest.raises(LoraxError, match=r"was trained with another content of task\.data_dir="):
         run(trials)
     (files / name).write_bytes(saved)
     for directory, config in configs.items():
@@ -171,7 +171,7 @@ def test_a_trial_goes_on_with_what_it_began_with_and_with_nothing_else(cut_short
 def test_a_finished_trial_of_other_content_is_refused(whole, files, run):
     (trial, _) = whole["serial"]
     flip_labels(files / "glue" / "SST-2" / "train.tsv")
-    with pytest.raises(LoraxError, match="was trained with another content of task.data_dir="):
+    with pytest.raises(LoraxError, match=r"was trained with another content of task\.data_dir="):
         run(trial)
 
 

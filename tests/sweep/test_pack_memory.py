@@ -207,7 +207,8 @@ def test_what_is_smaller(world, tmp_path):
     assert smaller_packs(pack, 3) == [Pack(trials, 1024, 1)]
     assert smaller_packs(pack, 1) == [Pack(trials[:3], 1024, 1), Pack(trials[3:], 1024, 1)]
     for trial in trials[:3]:
-        trial_dir(trial).mkdir(parents=True)
+        (trial_dir(trial) / "adapter").mkdir(parents=True)
+        (trial_dir(trial) / "config.json").write_text("{}")
         (trial_dir(trial) / "result.json").write_text('{"status": "finished"}')
     assert smaller_packs(pack, 1) == [Pack(trials[3:4], 1024, 1), Pack(trials[4:], 1024, 1)]
     with pytest.raises(LoraxError, match=f"trial {pack.ids[3]} does not fit"):
