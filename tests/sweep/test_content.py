@@ -198,19 +198,17 @@ def test_a_result_says_how_it_was_made(whole):
         assert len(environment["commit"].removesuffix("-dirty")) == 40
 
 
-@pytest.mark.parametrize("part", CHANGES)
-def test_a_command_names_the_content_and_another_is_another_trial(own, files, whole, part):
-    def asked():
-        words = own.overrides(trial_dir(whole["serial"][0]).parents[1], "lora.rank=1")
-        with hydra.initialize_config_module("conf", version_base=None):
-            settings = {f"train.{name}": value for name, value in TRAIN.items()}
-            words += [f"{name}={value}" for name, value in settings.items()]
-            words = [
-                word for word in words if not word.startswith(("lora.rank=2", "train.max_steps=4"))
-            ]
-            return config_of(hydra.compose("finetune", words))
+@pytest.fixture(scope="module")
+def composed(own, tmp_path_factory):
+    """What Hydra makes of a command line."""
+    words = own.overrides(tmp_path_factory.mktemp("command"))
+    with hydra.initialize_config_module("conf", version_base=None):
+        return hydra.compose("finetune", words)
 
-    first = asked()
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_command_names_the_content_and_another_is_another_trial(composed, files, part):
+    first = config_of(composed)
     assert content_of(first) == Content(
         first.task.content, first.model.tokenizer_content, first.model.content
     )
@@ -220,7 +218,7 @@ def test_a_command_names_the_content_and_another_is_another_trial(own, files, wh
         check_trial(first)
     assert str(fault.value).startswith(place.format(root=files))
     assert "changed since the command was given" in str(fault.value)
-    second = asked()
+    second = config_of(composed)
     assert trial_id(first) != trial_id(second)
     assert not trial_dir(second).exists()
 
