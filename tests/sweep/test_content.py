@@ -16,7 +16,6 @@ from lorax.train import check_trial, run_trial
 from lorax.train.content import Content, content_of, with_content
 from lorax.train.lane import Lane
 from lorax.trial_id import recorded_content, trial_dir, trial_id
-from tests.helpers.world import World
 
 TRAIN = {"max_steps": 6, "checkpoint_every": 2, "eval_every": 6, "log_every": 1}
 KINDS = {
@@ -64,7 +63,7 @@ def own(world, tmp_path_factory):
     root = tmp_path_factory.mktemp("own")
     shutil.copytree(world.source, root / "base")
     shutil.copytree(world.data_dir / "SST-2", root / "glue" / "SST-2")
-    return World(root / "base", root / "glue", world.cache)
+    return dataclasses.replace(world, source=root / "base", data_dir=root / "glue")
 
 
 @pytest.fixture
