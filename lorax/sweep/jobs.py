@@ -22,6 +22,7 @@ from lorax.sweep.cli import quiet_libraries
 from lorax.sweep.groups import group_for_jobs
 from lorax.sweep.pack import ended_result, is_open
 from lorax.sweep.packed import checked, run_packed
+from lorax.train.provenance import command_line, set_command_line
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,12 @@ class Job:
     Attributes:
       trials: those that can share a program; see `group_for_jobs`.
       directory: where it was submitted; relative paths of a trial hold there.
+      command: that submitted it, for the results.
     """
 
     trials: list[TrialConfig]
     directory: str = field(default_factory=lambda: str(Path.cwd()))
+    command: str = field(default_factory=command_line)
 
     def __call__(self) -> list[Result]:
         """Train the trials.
@@ -54,6 +57,7 @@ class Job:
         prepare_process()
         try:
             os.chdir(self.directory)
+            set_command_line(self.command)
             return run_packed(self.trials)
         except Exception as fault:
             raise JobFailed(_reason(fault)) from fault

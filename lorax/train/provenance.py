@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_GIVEN: list[str] = []
 _ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     "jax",
@@ -58,8 +59,13 @@ def code_commit() -> str | None:
 
 
 def command_line() -> str:
-    """The command that started this process, as a shell takes it."""
-    return shlex.join(sys.orig_argv)
+    """The command that was given, as a shell takes it."""
+    return _GIVEN[-1] if _GIVEN else shlex.join(sys.orig_argv)
+
+
+def set_command_line(command: str) -> None:
+    """Record, in a job of a cluster, the command that submitted it in place of the job's own."""
+    _GIVEN[:] = [command]
 
 
 def now() -> str:

@@ -254,3 +254,20 @@ def test_a_finished_trial_of_which_a_part_is_missing_is_run_again(
     caplog.clear()
     KINDS[kind]([trial])
     assert "run again" not in caplog.text
+
+
+def test_a_base_of_the_hub_is_known_by_its_commit(world, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        folder = tmp_path / "models--someone--base"
+        shutil.copytree(world.source, folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+    for revision, letter in ((None, "a"), ("v2", "b")):
+        model = {"source": "someone/base", "revision": revision}
+        content = content_of(world.trial(tmp_path, model=model))
+        assert content.tokenizer == content.base == letter * 40
+    absent = content_of(world.trial(tmp_path, model={"source": "someone/else"}))
+    assert absent.tokenizer is absent.base is None and absent.data
