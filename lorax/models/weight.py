@@ -1,6 +1,6 @@
 """A parameter of ours within a checkpoint, of which any part can be read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,12 +33,14 @@ class Weight:
       shape: in our layout.
       is_transposed: the tensor has the axes the other way round.
       start: where in the tensor's outputs, our last axis, it begins.
+      order: for each of our outputs the tensor's; None: as they are.
     """
 
     tensor: Tensor
     shape: tuple[int, ...]
     is_transposed: bool = False
     start: int = 0
+    order: tuple[int, ...] | None = None
 
     def read(self, bounds: Bounds | None = None) -> np.ndarray:
         """The parameter, or the part of it within the bounds, in our layout.
@@ -46,8 +48,13 @@ class Weight:
         >>> fused = np.arange(12).reshape(2, 6)
         >>> Weight(fused, (2, 3), start=3).read(((1, 2), (0, 2)))
         array([[ 9, 10]])
+        >>> Weight(np.array([0.0, 10.0, 20.0]), (3,), order=(2, 0, 1)).read(((0, 2),))
+        array([20.,  0.])
         """
         *others, (first, last) = bounds or tuple((0, n) for n in self.shape)
+        if self.order is not None:
+            whole = replace(self, order=None).read((*others, (0, self.shape[-1])))
+            return whole[..., list(self.order[first:last])]
         ends = (*others, (first + self.start, last + self.start))
         index = tuple(slice(*pair) for pair in ends)
         return self.tensor[index[::-1]].T if self.is_transposed else self.tensor[index]

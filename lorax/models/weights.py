@@ -1,6 +1,8 @@
 """From a `ModelConfig` to a model with a checkpoint's weights."""
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +19,12 @@ from lorax.models.causal_lm import CausalLM
 from lorax.models.classifier import Head
 from lorax.models.convert import find_weights
 from lorax.models.fits import check_fits
-from lorax.models.hub import open_checkpoint, resolve_source
+from lorax.models.hub import open_checkpoint, read_json, resolve_source
+from lorax.models.labels import output_order
 from lorax.models.place import Shardings, place
 from lorax.models.weight import Weight
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -27,6 +32,7 @@ def load_model(
     num_outputs: int,
     *,
     key: jax.Array,
+    labels: Sequence[str] | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     quantized: str | None = None,
@@ -40,15 +46,19 @@ def load_model(
     weight at a time is read, converted and put where it is kept, so that the host never holds the
     checkpoint as a whole. Whether they fit is told before any weight is read, or downloaded.
 
-    A classifier's head is drawn from `key` alone. With pooling `pooler` the checkpoint's pooler,
-    and its output layer where that has `num_outputs` outputs, take the place of what was drawn;
-    the other poolings feed the output layer other features than it was trained on, so theirs is
-    fresh. A causal language model has no head: all its weights are the checkpoint's.
+    A classifier's head is drawn from `key` alone. With pooling `pooler` the checkpoint's pooler
+    takes the place of what was drawn, and so does its output layer where that has the outputs of
+    `labels`; a log line says whether it has. The other poolings feed the output layer other
+    features than it was trained on, so theirs is fresh. A causal language model has no head: all
+    its weights are the checkpoint's.
 
     Args:
       model: which base, pooling, attention and dropout.
       num_outputs: classes, or 1 for a regression, of a `SequenceClassifier`; 0: a `CausalLM`.
       key: draws the fresh head.
+      labels: names of the outputs, in order. The checkpoint's outputs are put into this order by
+        the names in its `id2label`; where these are unknown or others, the output layer is fresh.
+        Empty: the outputs have no names. None: take a layer of `num_outputs` outputs as it is.
       dtype: compute dtype of the base.
       param_dtype: storage of the base's parameters; a head's stay float32.
       quantized: `int8` or `nf4` for the kernels of the base's layers; None: `param_dtype`. For
@@ -68,6 +78,7 @@ def load_model(
     request = _Request(
         tuple(dataclasses.asdict(model).items()),
         num_outputs,
+        None if labels is None else tuple(labels),
         jnp.dtype(dtype),
         jnp.dtype(param_dtype),
         quantized,
@@ -112,6 +123,7 @@ class _Request(NamedTuple):
 
     model: tuple[tuple[str, Any], ...]
     num_outputs: int
+    labels: tuple[str, ...] | None
     dtype: Any
     param_dtype: Any
     quantized: str | None
@@ -159,7 +171,7 @@ def _load(request: _Request, config: Version, weights: Version) -> dict[str, Any
     del weights
     model = ModelConfig(**dict(request.model))
     _, architecture, wanted = _architecture(request, config)
-    found = _find(model, architecture, wanted)
+    found = _with_labels(_find(model, architecture, wanted), model, request.labels)
     return {
         path: place(
             path,
@@ -181,6 +193,23 @@ def _find(model: ModelConfig, config: Any, wanted: dict[str, Any]) -> dict[str, 
         return find_weights(tensors, wanted, config.model_type, load_head=load_head)
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
+
+
+def _with_labels(
+    found: dict[str, Weight], model: ModelConfig, labels: tuple[str, ...] | None
+) -> dict[str, Weight]:
+    """The weights with the output layer in the order of the labels, or without that layer."""
+    if labels is None or model.pooling != "pooler":
+        return found
+    layer = {path: weight for path, weight in found.items() if path.startswith("head.out.")}
+    config = read_json(resolve_source(model.source, model.revision) / "config.json")
+    order = output_order(config, labels)
+    if layer and order:
+        log.info("model.source=%s: its output layer is used, matched by label names", model.source)
+        return found | {path: dataclasses.replace(w, order=order) for path, w in layer.items()}
+    reason = "its label names are not the task's" if layer else "it has none of this size"
+    log.info("model.source=%s: the output layer starts fresh, as %s", model.source, reason)
+    return {path: weight for path, weight in found.items() if path not in layer}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
