@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, refuse
 from lorax.models.stored import StoredTensor, stored_tensors
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+Version = tuple[tuple[str, int], ...]
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -115,34 +116,55 @@ def load_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
 
 def open_checkpoint(path: str | Path) -> dict[str, StoredTensor]:
     """As `load_checkpoint`, of the files' headers alone: tensors that are read when indexed."""
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(Path(path)):
-        tensors.update(stored_tensors(file))
-    return tensors
-
-
-def _weight_files(path: Path) -> list[Path]:
+    path = Path(path)
     if path.suffix == ".bin":
         raise _pickle_refused(path)
     if path.is_file():
-        return [path]
+        return stored_tensors(path)
     if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
+        return stored_tensors(path / _WEIGHTS)
     if (path / _INDEX).is_file():
-        return _shards(path / _INDEX)
+        return _sharded_tensors(path / _INDEX)
     if pickles := sorted(path.glob("pytorch_model*.bin")):
         raise _pickle_refused(pickles[0])
     raise LoraxError(f"{path} has no {_WEIGHTS} (nor {_INDEX})")
 
 
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise LoraxError(f"{index} has no weight_map: download it again")
-    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
+def _sharded_tensors(index: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards; of one that stands in several, that of the index's shard."""
+    homes = _weight_map(index)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted({*homes.values()}):
+        for name, tensor in stored_tensors(index.parent / shard).items():
+            if name in tensors and name not in homes:
+                raise LoraxError(
+                    f"{index.parent}: {name} stands in {tensors[name].file.name} and in {shard}: "
+                    f"say in the weight_map of {index.name} which one counts"
+                )
+            if homes.get(name, shard) == shard:
+                tensors[name] = tensor
+    missing = [f"{shard} lacks {name}" for name, shard in homes.items() if name not in tensors]
+    refuse(f"{index} does not fit its shards, download them again", missing)
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor, all of them files beside the index."""
+    homes = read_json(index).get("weight_map")
+    if not isinstance(homes, dict) or not all(isinstance(x, str) for x in homes.values()):
+        raise LoraxError(f"{index} has no weight_map of file names: download it again")
+    shards = sorted({*homes.values()})
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
+        raise LoraxError(f"{index}: the shard {outside[0]!r} is not a file of the same folder")
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
         raise LoraxError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")
-    return shards
+    return homes
+
+
+def version_of(folder: Path) -> Version:
+    """The config and weights in a folder, with the times of their last changes."""
+    files = (file for pattern in ("config.json", "*.safetensors*") for file in folder.glob(pattern))
+    return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(files))
 
 
 def _pickle_refused(path: Path) -> LoraxError:

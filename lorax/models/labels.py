@@ -19,9 +19,9 @@ _ALIASES = {
 def output_order(config: Mapping[str, Any], labels: Sequence[str]) -> tuple[int, ...] | None:
     """For each label the index of the checkpoint's output of that name; None: names do not match.
 
-    Names match without regard to case and separators, and some by an alias (`pos`, `non-entailment`).
-    A checkpoint's own names are unknown where it has none, `LABEL_0` and its like, the same name
-    twice, or an `id2label` that contradicts `label2id` or `num_labels`.
+    Names match without regard to case and separators, and some by an alias (`pos`,
+    `non-entailment`). A checkpoint's own names are unknown where it has none, `LABEL_0` and its
+    like, the same name twice, or an `id2label` that contradicts `label2id` or `num_labels`.
 
     Args:
       config: the dict of the checkpoint's `config.json`.

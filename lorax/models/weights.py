@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +13,12 @@ from jax.typing import DTypeLike
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
-from lorax.models.build import abstract_model
+from lorax.models.build import abstract_model, load_config
 from lorax.models.causal_lm import CausalLM
 from lorax.models.classifier import Head
 from lorax.models.convert import find_weights
 from lorax.models.fits import check_fits
-from lorax.models.hub import open_checkpoint, read_json, resolve_source
+from lorax.models.hub import Version, open_checkpoint, read_json, resolve_source, version_of
 from lorax.models.labels import output_order
 from lorax.models.place import Shardings, place
 from lorax.models.weight import Weight
@@ -86,10 +85,10 @@ def load_model(
         shardings,
         on_host,
     )
-    version = _version(resolve_source(model.source, model.revision), "config.json")
-    graphdef, config, _ = _architecture(request, version)
-    folder = resolve_source(model.source, model.revision, weights=True)
-    params = _load(request, version, _version(folder, "*.safetensors*"))
+    _architecture(request, version_of(resolve_source(model.source, model.revision)))
+    version = version_of(resolve_source(model.source, model.revision, weights=True))
+    graphdef, config, _ = _architecture(request, version)  # which the weights may have a part in
+    params = _load(request, version)
     if num_outputs:
         head = Head(config, num_outputs, pooling=model.pooling, rngs=nnx.Rngs(params=key))
         params = _flatten({"head": nnx.to_pure_dict(nnx.state(head))}) | params
@@ -114,6 +113,8 @@ def check_checkpoint(model: ModelConfig, num_outputs: int) -> None:
     Raises:
       LoraxError: as `load_model`, save for memory.
     """
+    load_config(model, is_decoder=not num_outputs)  # refused before its weights are downloaded
+    resolve_source(model.source, model.revision, weights=True)
     abstract = abstract_model(model, num_outputs)
     _find(model, abstract.config, _flatten(nnx.to_pure_dict(nnx.state(abstract))))
 
@@ -132,17 +133,10 @@ class _Request(NamedTuple):
     on_host: bool
 
 
-Version = tuple[tuple[str, int], ...]  # of files, by their times, so that new ones are read
-
-
-def _version(folder: Path, pattern: str) -> Version:
-    return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(folder.glob(pattern)))
-
-
 @lru_cache(maxsize=2)
-def _architecture(request: _Request, config: Version) -> tuple[Any, Any, dict[str, Any]]:
+def _architecture(request: _Request, version: Version) -> tuple[Any, Any, dict[str, Any]]:
     """(graph definition, config, parameters' shapes) of a base that fits into the memory."""
-    del config
+    del version  # of the files, so that new ones are read
     model = ModelConfig(**dict(request.model))
     abstract = abstract_model(
         model,
@@ -166,12 +160,11 @@ def _architecture(request: _Request, config: Version) -> tuple[Any, Any, dict[st
 
 
 @lru_cache(maxsize=2)
-def _load(request: _Request, config: Version, weights: Version) -> dict[str, Any]:
+def _load(request: _Request, version: Version) -> dict[str, Any]:
     """The checkpoint's arrays, which all trials share."""
-    del weights
     model = ModelConfig(**dict(request.model))
-    _, architecture, wanted = _architecture(request, config)
-    found = _with_labels(_find(model, architecture, wanted), model, request.labels)
+    _, config, wanted = _architecture(request, version)
+    found = _with_labels(_find(model, config, wanted), model, request.labels)
     return {
         path: place(
             path,
