@@ -13,11 +13,13 @@ import numpy as np
 from lorax.errors import LoraxError, refuse
 from lorax.models.families import family_of
 from lorax.models.family import Rule, rule_of
+from lorax.models.stored import FLOATS
 from lorax.models.weight import Shaped, Tensor, Weight
 
 _LEAVES = {"embedding": "weight", "scale": "weight", "bias": "bias"}
 _TURNED = (".kernel", ".taps")  # outputs last; a convolution's window first
 _LEAVES |= {leaf.removeprefix("."): "weight" for leaf in _TURNED}
+_FLOATS = ", ".join(map(str, FLOATS))
 # Of a tied decoder these two are one array.
 _WORDS, _OUTPUT = "decoder.word.embedding", "lm_head.kernel"
 _ROWS = 4096  # of a table that are read at once
@@ -151,10 +153,11 @@ def find_weights(
         shape, (part, of) = tuple(want.shape), rule.part or (0, 1)
         whole = (*shape[:-1], shape[-1] * of)
         expected = whole[::-1] if turned else whole
-        if tuple(given[name].shape) == expected:
-            found[path] = Weight(given[name], shape, turned, part * shape[-1])
-        else:
+        if tuple(given[name].shape) != expected:
             faults.append(f"{name} has shape {tuple(given[name].shape)}, expected {expected}")
+        elif given[name].dtype not in FLOATS:
+            faults.append(f"{name} is stored as {given[name].dtype}, not in one of {_FLOATS}")
+        found[path] = Weight(given[name], shape, turned, part * shape[-1], name=name)
     twice = sorted(name for name in used if len(names.get(name, ())) > 1)
     faults += [f"{name} is there twice, as {' and '.join(names[name])}" for name in twice]
     rest = sorted(given.keys() - used)

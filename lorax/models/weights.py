@@ -165,17 +165,18 @@ def _load(request: _Request, version: Version) -> dict[str, Any]:
     model = ModelConfig(**dict(request.model))
     _, config, wanted = _architecture(request, version)
     found = _with_labels(_find(model, config, wanted), model, request.labels)
-    return {
-        path: place(
-            path,
-            weight,
-            wanted[path].dtype,
-            quantized=request.quantized,
-            shardings=request.shardings,
-            on_host=request.on_host,
-        )
-        for path, weight in found.items()
+    options: dict[str, Any] = {
+        "quantized": request.quantized,
+        "shardings": request.shardings,
+        "on_host": request.on_host,
     }
+    try:
+        return {
+            path: place(path, weight, wanted[path].dtype, **options)
+            for path, weight in found.items()
+        }
+    except LoraxError as error:
+        raise LoraxError(f"model.source={model.source}: {error}") from None
 
 
 def _find(model: ModelConfig, config: Any, wanted: dict[str, Any]) -> dict[str, Weight]:

@@ -3,8 +3,10 @@ import shutil
 
 import jax
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
+from lorax.errors import LoraxError
 from lorax.lora.paths import leaves_by_path
 from lorax.train.dataset import load_dataset
 from lorax.train.setup import prepare
@@ -68,3 +70,15 @@ def test_a_trial_starts_from_the_output_layer_whose_labels_are_its_own(world, tm
     np.testing.assert_array_equal(turned["base.head.out.kernel"], kernel[:, ::-1])
     np.testing.assert_array_equal(turned["base.head.out.bias"], bias[::-1])
     assert not other["base.head.out.bias"].any()
+
+
+def test_token_ids_beyond_the_embeddings_are_refused_by_the_largest(world, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(world.source, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary.pop("w199")
+    vocabulary["w198"] = 300  # one token less, and a hole
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(LoraxError, match=r"token ids up to 300, but the model only 212 embeddings"):
+        load_dataset(world.trial(model={"source": str(folder)}))
