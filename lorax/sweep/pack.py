@@ -1,6 +1,7 @@
 """A pack: trials that share one program, and what the disk knows of it."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from lorax.checkpoint import write_json
 from lorax.config import TrialConfig
@@ -17,7 +20,7 @@ from lorax.train.results import finished_result, read_result
 from lorax.trial_id import sweep_dir, trial_dir, trial_id
 
 PACKS = "packs"
-RECORD = {"trials", "tokens_at_once", "lanes", "predicted"}
+RECORD = {"trials": list, "tokens_at_once": int, "lanes": int | None, "predicted": dict}
 
 
 @dataclass(frozen=True)
@@ -71,18 +74,62 @@ def write_record(pack: Pack, **more: Any) -> None:
     write_json(pack.directory / "pack.json", record)
 
 
+def record_plan(packs: Sequence[Pack], trials: Sequence[TrialConfig]) -> None:
+    """Note packs before the first of them trains, so that a kill leaves the plan of the rest.
+
+    An earlier plan for the same trials is closed: two plans must not hold one trial. The caller
+    holds the lock of the folder of packs.
+
+    Args:
+      packs: the plan.
+      trials: of the whole sweep.
+    """
+    names = {name for pack in packs for name in pack.ids}
+    for folder in _folders(trials):
+        record = read_record(folder)
+        if record and is_planned(record) and names & set(record["trials"]):
+            write_json(folder / "pack.json", {**record, "is_over": True})
+    for pack in packs:
+        write_record(pack, planned_for=planning_of(pack.trials))
+
+
+def planning_of(trials: Sequence[TrialConfig]) -> dict[str, Any]:
+    """What the plan of a pack rests on besides its trials: limits of the sweep, and devices."""
+    sweep = trials[0].sweep
+    return {
+        "max_trials": min(trial.sweep.max_trials for trial in trials),
+        "lanes": sweep.lanes,
+        "memory_limit_gib": sweep.memory_limit_gib,
+        "mesh": dataclasses.asdict(sweep.mesh),
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a pack; None without a readable one."""
     try:
         record = json.loads((directory / "pack.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    is_whole = isinstance(record, dict) and record.keys() >= RECORD
+    is_whole = (
+        isinstance(record, dict)
+        and all(name in record and isinstance(record[name], RECORD[name]) for name in RECORD)
+        and all(isinstance(name, str) for name in record["trials"])
+    )
     return record if is_whole else None
 
 
+def is_planned(record: dict[str, Any]) -> bool:
+    """Whether a pack is planned, and its training has not begun."""
+    return "planned_for" in record and not record.get("is_over")
+
+
 def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
-    """The packs on disk that were cut short and whose trials are all asked for again."""
+    """The packs on disk that are to be trained as they were, all of whose trials are asked for.
+
+    These are packs that were cut short, and planned ones of which no trial has ended since, as
+    long as the plan rests on the same limits and devices.
+    """
     asked = {trial_dir(trial): trial for trial in trials}
     packs = []
     for folder in _folders(trials):
@@ -90,22 +137,30 @@ def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
         if record is None or record.get("is_over"):
             continue
         places = [folder.parents[1] / name for name in record["trials"]]
-        if not asked.keys() >= set(places):
+        if not places or not asked.keys() >= set(places):
             continue
         members = tuple(asked[place] for place in places)
         pack = Pack(members, record["tokens_at_once"], record["lanes"], record["predicted"])
-        if pack.directory == folder and any(is_open(trial) for trial in members):
+        if pack.directory == folder and _goes_on(pack, record):
             packs.append(pack)
     return packs
+
+
+def _goes_on(pack: Pack, record: dict[str, Any]) -> bool:
+    if is_planned(record):
+        is_same = record["planned_for"] == planning_of(pack.trials)
+        return is_same and all(map(is_open, pack.trials))
+    return any(map(is_open, pack.trials))
 
 
 def tidy(trials: Sequence[TrialConfig]) -> None:
     """Close the packs that no trial goes on from; a kill just before a pack's end leaves such."""
     for folder in _folders(trials):
         record = read_record(folder) or {"trials": [], "is_over": True}
-        if record.get("is_over") and not (folder / CHECKPOINTS).is_dir():
-            continue
         members = [folder.parents[1] / name for name in record["trials"]]
+        has_checkpoints = (folder / CHECKPOINTS).is_dir()
+        if not has_checkpoints and (record.get("is_over") or _still_waits(record, members)):
+            continue
         with contextlib.suppress(BusyError), contextlib.ExitStack() as locks:
             for path in (folder, *filter(Path.is_dir, members)):
                 locks.enter_context(locked(path))
@@ -114,6 +169,11 @@ def tidy(trials: Sequence[TrialConfig]) -> None:
             if not record.get("is_over"):
                 write_json(folder / "pack.json", {**record, "is_over": True})
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _still_waits(record: dict[str, Any], members: Sequence[Path]) -> bool:
+    """Whether a pack is planned by some command that will train its trials."""
+    return is_planned(record) and any(read_result(path) is None for path in members)
 
 
 def _is_needed(folder: Path, members: Sequence[Path]) -> bool:

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,14 +13,22 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.lock import is_free
+from lorax.lock import is_free, locked
 from lorax.sweep.cost import epoch_of, steps_of
 from lorax.sweep.engine import mesh_of
 from lorax.sweep.groups import group_trials, why_apart
-from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs, tidy
+from lorax.sweep.pack import (
+    Pack,
+    ended_result,
+    is_open,
+    record_plan,
+    recorded_packs,
+    tidy,
+)
 from lorax.sweep.planner import plan_packs
 from lorax.sweep.runner import run_pack
 from lorax.sweep.serial import check_trials
+from lorax.train.trial import writing
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
@@ -89,16 +98,39 @@ def tell_why_apart(trials: Sequence[TrialConfig]) -> None:
 
 
 def packs_to_run(trials: Sequence[TrialConfig]) -> list[Pack]:
-    """The packs that were cut short, as they were; then the rest of the open trials, planned.
+    """The packs on record, as they were; then the rest of the open trials, planned and recorded.
 
-    What another process trains alone is left out; what it trains in packs has a record.
+    What another process trains alone is left out. Processes that start at once may plan the same
+    trials: the plan that is recorded first is the plan of all.
+
+    Raises:
+      LoraxError: a directory that cannot be written; a single trial that does not fit in memory.
     """
-    known = recorded_packs(trials)
-    taken = {trial_dir(trial) for pack in known for trial in pack.trials}
-    rest = [trial for trial in trials if is_open(trial) and trial_dir(trial) not in taken]
-    rest = [trial for trial in rest if is_free(trial_dir(trial))]
-    groups = [[rest[n] for n in group] for group in group_trials(rest)]
-    return [*known, *(pack for group in groups for pack in plan_packs(group))]
+    while True:
+        known = recorded_packs(trials)
+        taken = _places(known)
+        rest = [trial for trial in trials if is_open(trial) and trial_dir(trial) not in taken]
+        rest = [trial for trial in rest if is_free(trial_dir(trial))]
+        groups = [[rest[n] for n in group] for group in group_trials(rest)]
+        planned = [pack for group in groups for pack in plan_packs(group)]
+        if not planned or _recorded(planned, trials):
+            return [*known, *planned]
+
+
+def _recorded(planned: Sequence[Pack], trials: Sequence[TrialConfig]) -> bool:
+    """Record a plan; False if another process has recorded one with some of its trials."""
+    place = planned[0].directory.parent
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        with locked(place, waits=True):
+            if _places(planned) & _places(recorded_packs(trials)):
+                return False
+            record_plan(planned, trials)
+            return True
+
+
+def _places(packs: Sequence[Pack]) -> set[Path]:
+    return {trial_dir(trial) for pack in packs for trial in pack.trials}
 
 
 def check_sweep(trials: Sequence[TrialConfig]) -> None:

@@ -20,7 +20,14 @@ from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
 from lorax.sweep.engine import PackEngine, mesh_of, trains_alone
 from lorax.sweep.halving import judge
-from lorax.sweep.pack import Pack, is_open, read_record, write_record
+from lorax.sweep.pack import (
+    Pack,
+    is_open,
+    is_planned,
+    read_record,
+    record_plan,
+    write_record,
+)
 from lorax.sweep.standing import Leg, legs_of
 from lorax.train.dataset import load_dataset
 from lorax.train.lane import Lane
@@ -59,12 +66,17 @@ def run_pack(pack: Pack) -> bool:
             return False
         held = [trial for trial in pack.trials if _take(trial_dir(trial), locks)]
         opened = tuple(trial for trial in held if is_open(trial))
-        is_as_it_was = len(held) == len(pack.trials) and read_record(pack.directory)
+        is_as_it_was = len(held) == len(pack.trials) and _has_begun(pack)
         if opened and (is_as_it_was or len(opened) == len(pack.trials)):
             _train_fitting(pack)
         elif opened:
             _train_instead(pack, [replace(pack, trials=opened)])
     return bool(opened)
+
+
+def _has_begun(pack: Pack) -> bool:
+    record = read_record(pack.directory)
+    return record is not None and not is_planned(record)
 
 
 def _run_alone(pack: Pack) -> bool:
@@ -109,6 +121,8 @@ def _train_fitting(pack: Pack) -> None:
 
 def _train_instead(pack: Pack, parts: Sequence[Pack]) -> None:
     """Train a pack's trials in other packs, which begin at its checkpoint."""
+    with locked(pack.directory.parent, waits=True):
+        record_plan(parts, pack.trials)
     if read_record(pack.directory):
         write_record(pack, is_over=True)
     for part in parts:
