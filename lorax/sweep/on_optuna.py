@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
-from lorax.sweep.jobs import counted
+from lorax.sweep.words import counted
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,14 @@ import jax
 
 from lorax.checkpoint import write_json
 from lorax.config import TrialConfig
+from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
+from lorax.sweep.words import counted
 from lorax.train.restore import CHECKPOINTS, pointed_to
-from lorax.train.results import finished_result, read_result
+from lorax.train.results import CUT, finished_result, read_result
 from lorax.trial_id import sweep_dir, trial_dir, trial_id
 
+log = logging.getLogger(__name__)
 PACKS = "packs"
 RECORD = {"trials": list, "tokens_at_once": int, "lanes": int | None, "predicted": dict}
 
@@ -173,22 +177,56 @@ def tidy(trials: Sequence[TrialConfig]) -> None:
 
 def _still_waits(record: dict[str, Any], members: Sequence[Path]) -> bool:
     """Whether a pack is planned by some command that will train its trials."""
-    return is_planned(record) and any(read_result(path) is None for path in members)
+    return is_planned(record) and any(_sound_result(path) is None for path in members)
 
 
 def _is_needed(folder: Path, members: Sequence[Path]) -> bool:
     """Whether a trial goes on from a pack: one without a result, or one cut that has gone on."""
     checkpoints = folder.absolute() / CHECKPOINTS
     return any(
-        path in members if read_result(path) is None else pointed_to(path) == checkpoints
+        path in members if _sound_result(path) is None else pointed_to(path) == checkpoints
         for path in folder.parents[1].iterdir()
-        if finished_result(path) is None
+        if (_sound_result(path) or {"status": CUT})["status"] == CUT
     )
+
+
+def _sound_result(directory: Path) -> dict[str, Any] | None:
+    """As `read_result`; None for a damaged result, too, which is deleted to go on."""
+    try:
+        return read_result(directory)
+    except LoraxError:
+        return None
 
 
 def _folders(trials: Sequence[TrialConfig]) -> list[Path]:
     parents = {sweep_dir(trial) / PACKS for trial in trials}
     return sorted(path for parent in parents for path in parent.glob("*") if path.is_dir())
+
+
+def without_damaged(
+    trials: Sequence[TrialConfig],
+) -> tuple[list[TrialConfig], dict[Path, LoraxError]]:
+    """The trials whose results are sound or still to come, and faults by the others' directories.
+
+    The faults are logged, so that the trials can be mended while the others are trained.
+    """
+    sound, damaged = [], {}
+    for trial in trials:
+        try:
+            read_result(trial_dir(trial))
+            sound.append(trial)
+        except LoraxError as fault:
+            log.warning("left out: %s", fault)
+            damaged[trial_dir(trial)] = fault
+    return sound, damaged
+
+
+def left_out(damaged: dict[Path, LoraxError]) -> LoraxError:
+    """One fault for trials that a sweep has left out, as their results are damaged."""
+    first, *others = damaged.values()
+    verb = "is" if len(others) == 1 else "are"
+    more = f"; so {verb} {counted(len(others), 'other result')} of this sweep" if others else ""
+    return LoraxError(f"{first}{more}")
 
 
 def is_open(trial: TrialConfig) -> bool:

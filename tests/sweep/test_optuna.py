@@ -88,7 +88,11 @@ def test_the_same_command_continues_to_n_trials_in_total(world, tmp_path):
 def test_a_grid_ends_with_its_last_point_and_one_process_searches(world, tmp_path):
     from lorax.lock import locked
 
-    grid = ["hydra/sweeper/sampler=grid", "optimizer.lr=choice(1e-3,2e-3)", "hydra.sweeper.n_jobs=2"]
+    grid = [
+        "hydra/sweeper/sampler=grid",
+        "optimizer.lr=choice(1e-3,2e-3)",
+        "hydra.sweeper.n_jobs=2",
+    ]
     first, second = tmp_path / "grid", tmp_path / "held"
     (second / "tiny").mkdir(parents=True)
     with locked(second / "tiny"):
