@@ -36,11 +36,9 @@ def test_the_help_has_every_setting_with_its_type_and_default(capsys, monkeypatc
 
 
 def test_synonyms_are_names_of_settings():
+    assert {meant.partition("=")[0] for meant in SYNONYMS.values()} <= set(setting_names())
     with hydra.initialize_config_module("conf", version_base=None):
-        for meant in dict.fromkeys(SYNONYMS.values()):
-            assert meant.partition("=")[0] in setting_names()
-            if "=" in meant:
-                assert isinstance(config_of(hydra.compose("finetune", [meant])), TrialConfig)
+        config_of(hydra.compose("finetune", [meant for meant in SYNONYMS.values() if "=" in meant]))
     assert not set(SYNONYMS) & set(setting_names())
 
 
