@@ -80,7 +80,7 @@ def hydra_main(task: Callable[[TrialConfig], Any], config_name: str) -> None:
 
     def run() -> None:
         _refuse_unknown_flags(sys.argv[1:])
-        application(job)
+        application(job)()
 
     at_the_door(run)
 
