@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
@@ -53,6 +52,7 @@ def _continue(options: Mapping[str, Any], context: Mapping[str, Any], arguments:
     logging.getLogger("hydra_plugins.hydra_optuna_sweeper._impl").setLevel(logging.WARNING)
     total = min(options["n_trials"], _grid_size(options, context, arguments))
     study = _study(options, context)
+    _check_space(study, _spaces(options, context, arguments))
     waiting = _repeat_unfinished(study)
     done = _complete(study)
     log.info("study %s: %d of %s complete", study.study_name, done, counted(total, "trial"))
@@ -73,8 +73,7 @@ def _sweeper(options: Mapping[str, Any], context: Mapping[str, Any], complete: i
     from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 
     sampler = context["config"].hydra.sweeper.sampler
-    seed = OmegaConf.select(sampler, "seed")
-    more = {} if seed is None else {"seed": seed + complete}
+    more = {"seed": (sampler.seed or 0) + complete} if "seed" in sampler else {}
     sweeper = OptunaSweeperImpl(**{**options, "sampler": instantiate(sampler, **more)})
     sweeper.setup(**context)
     return sweeper
@@ -130,13 +129,35 @@ def _grid_size(
     options: Mapping[str, Any], context: Mapping[str, Any], arguments: list[str]
 ) -> float:
     """Points of the grid that a grid sampler visits; infinity for other samplers."""
-    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
-
     sweeper = _sweeper(options, context)
     if not isinstance(sweeper.sampler, functools.partial):  # of its grid, which is not known yet
         return math.inf
-    spaces, _ = create_params_from_overrides([*sweeper._parse_sweeper_params_config(), *arguments])
-    return math.prod(len(sweeper._to_grid_sampler_choices(space)) for space in spaces.values())
+    spaces = _spaces(options, context, arguments).values()
+    return math.prod(len(sweeper._to_grid_sampler_choices(space)) for space in spaces)
+
+
+def _spaces(
+    options: Mapping[str, Any], context: Mapping[str, Any], arguments: list[str]
+) -> dict[str, Any]:
+    """Optuna's distribution of each setting that is searched over."""
+    from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
+
+    params = _sweeper(options, context)._parse_sweeper_params_config()
+    return create_params_from_overrides([*params, *arguments])[0]
+
+
+def _check_space(study: Any, spaces: Mapping[str, Any]) -> None:
+    from optuna.distributions import check_distribution_compatibility
+
+    for trial in study.get_trials(deepcopy=False):
+        for name in trial.distributions.keys() & spaces.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[name], spaces[name])
+            except ValueError as fault:
+                raise LoraxError(
+                    f"study {study.study_name!r} has another search space of {name}; name another "
+                    "hydra.sweeper.study_name"
+                ) from fault
 
 
 @contextlib.contextmanager
@@ -161,14 +182,6 @@ def _optuna_faults(options: Mapping[str, Any]) -> Iterator[None]:
     place = f"study {options['study_name']!r} in hydra.sweeper.storage={options['storage']}"
     try:
         yield
-    except LoraxError:
-        raise
     except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError) as fault:
         reason = str(fault.__cause__ or fault).splitlines()[0]
         raise LoraxError(f"cannot use {place}: {reason}") from fault
-    except ValueError as fault:
-        if "dynamic value space" in str(fault) or "incompatible" in str(fault):
-            raise LoraxError(
-                f"{place} has another search space; name another hydra.sweeper.study_name"
-            ) from fault
-        raise

@@ -80,7 +80,7 @@ def test_the_same_command_continues_to_n_trials_in_total(world, tmp_path):
     assert "study tiny: 14 of 14 trials complete" in out
     assert (killed / "scored").read_text().count("\n") == 6 + 10
     space, place = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "has another search space; name another hydra.sweeper.study_name" in space
+    assert space.startswith("error: study 'tiny' has another search space of lora.rank; name an")
     assert "cannot use study 'tiny' in hydra.sweeper.storage=sqlite:////nowhere" in place
     assert "Traceback" not in err
 
