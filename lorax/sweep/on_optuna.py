@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,11 +32,16 @@ def search(options: Mapping[str, Any], context: Mapping[str, Any], arguments: li
 
     Raises:
       LoraxError: a storage that cannot be opened, another process that searches, a study of
-        another search space.
+        another search space, a grid sampler.
     """
     if options["storage"] is None:
         _sweeper(options, context).sweep(arguments)
         return
+    if isinstance(_sweeper(options, context).sampler, functools.partial):
+        raise LoraxError(
+            "hydra/sweeper/sampler=grid needs no storage: give its values to -m without a sweeper, "
+            "where finished trials are skipped"
+        )
     directory = Path(context["config"].hydra.sweep.dir)
     directory.mkdir(parents=True, exist_ok=True)
     with _optuna_faults(options), _alone(directory, options["study_name"]):
@@ -50,7 +54,7 @@ def _continue(options: Mapping[str, Any], context: Mapping[str, Any], arguments:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # It introduces the study in each call; a call is a batch here.
     logging.getLogger("hydra_plugins.hydra_optuna_sweeper._impl").setLevel(logging.WARNING)
-    total = min(options["n_trials"], _grid_size(options, context, arguments))
+    total = options["n_trials"]
     study = _study(options, context)
     _check_space(study, _spaces(options, context, arguments))
     waiting = _repeat_unfinished(study)
@@ -123,17 +127,6 @@ def _complete(study: Any) -> int:
     from optuna.trial import TrialState
 
     return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
-
-
-def _grid_size(
-    options: Mapping[str, Any], context: Mapping[str, Any], arguments: list[str]
-) -> float:
-    """Points of the grid that a grid sampler visits; infinity for other samplers."""
-    sweeper = _sweeper(options, context)
-    if not isinstance(sweeper.sampler, functools.partial):  # of its grid, which is not known yet
-        return math.inf
-    spaces = _spaces(options, context, arguments).values()
-    return math.prod(len(sweeper._to_grid_sampler_choices(space)) for space in spaces)
 
 
 def _spaces(

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from lorax.lock import locked
+
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra `optuna`")
 optuna = pytest.importorskip("optuna")
 
@@ -85,19 +87,11 @@ def test_the_same_command_continues_to_n_trials_in_total(world, tmp_path):
     assert "Traceback" not in err
 
 
-def test_a_grid_ends_with_its_last_point_and_one_process_searches(world, tmp_path):
-    from lorax.lock import locked
-
-    grid = [
-        "hydra/sweeper/sampler=grid",
-        "optimizer.lr=choice(1e-3,2e-3)",
-        "hydra.sweeper.n_jobs=2",
-    ]
+def test_a_grid_needs_no_storage_and_one_process_searches(world, tmp_path):
     first, second = tmp_path / "grid", tmp_path / "held"
     (second / "tiny").mkdir(parents=True)
     with locked(second / "tiny"):
-        codes, _, err = search(world, [(3, first, *grid), (0, first, *grid), (0, second)])
-    assert codes == [-9, 0, 2], err
-    complete = [params for state, params in trials_of(first) if state == "COMPLETE"]
-    assert len({json.dumps(params, sort_keys=True) for params in complete}) == len(complete) == 6
+        codes, _, err = search(world, [(0, first, "hydra/sweeper/sampler=grid"), (0, second)])
+    assert codes == [2, 2], err
+    assert "error: hydra/sweeper/sampler=grid needs no storage: give its values to -m" in err
     assert "error: study 'tiny' is searched by another process" in err
