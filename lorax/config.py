@@ -78,7 +78,22 @@ class ModelConfig:
 
 @dataclass
 class LoraConfig:
-    """The adapter: the fields of `lorax.LoraSpec`, which documents and checks them."""
+    """The adapter: the fields of `lorax.LoraSpec`, which documents and checks them.
+
+    Attributes:
+      rank: rank of every target that no pattern names.
+      alpha: the adapter is scaled by alpha / rank.
+      scaling: `lora` (alpha / rank) or `rslora` (alpha / sqrt(rank)).
+      targets: layers to adapt: any of `q` `k` `v` `o` together, `mlp`, `all-linear`, a module's
+        name, a regex, or a list of these.
+      exclude: names or regexes of layers that are not adapted.
+      layers: numbers of the layers that are adapted; None: all.
+      rank_pattern: rank by module name or regex, where it is not `rank`; an entry is added by
+        +lora.rank_pattern.query=4.
+      alpha_pattern: likewise, alpha.
+      dropout: dropout rate on the input of A.
+      init: how A starts, a key of `lorax.lora.initializers.INITIALIZERS`; B starts at zero.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -102,6 +117,9 @@ class OptimizerConfig:
       schedule: `linear` or `cosine` decay to zero, or `constant`; each after the warm-up.
       warmup_ratio: share of all optimizer steps spent rising linearly from zero.
       weight_decay: decoupled; never on biases and norms.
+      b1: Adam's decay rate of the mean of gradients.
+      b2: Adam's decay rate of the mean of squared gradients.
+      eps: Adam's epsilon, added to the root in the denominator.
       clip_norm: global-norm bound on the trainable part's gradient; None for no clipping.
     """
 
@@ -234,7 +252,12 @@ class SweepConfig:
 
 @dataclass
 class TrialConfig:
-    """One training run. `lorax.trial_id` names its directory by a hash of this."""
+    """One training run. `lorax.trial_id` names its directory by a hash of this.
+
+    Attributes:
+      seed: of the data order, the initial adapter and head, and dropout.
+      output_dir: the folder of all sweeps; a trial's directory is `<output_dir>/<sweep.name>/<id>`.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

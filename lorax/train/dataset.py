@@ -115,12 +115,12 @@ def total_steps(config: TrialConfig, dataset: Dataset) -> int:
 
 
 def _pad_id(tokenizer: Any, source: str, revision: str | None, task: data.Task) -> int:
-    """The model's padding token; its vocabulary has to hold all of the tokenizer's."""
+    """The model's padding token; its embeddings have to hold all ids of the tokenizer."""
     is_decoder = task.kind == "causal_lm"
     config = load_config(ModelConfig(source=source, revision=revision), is_decoder=is_decoder)
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    if (largest := data.largest_id(tokenizer)) >= config.vocab_size:
         raise LoraxError(
-            f"model.source={source}: its tokenizer has {tokenizer.get_vocab_size()} tokens, but "
-            f"the model only {config.vocab_size}; they do not belong together"
+            f"model.source={source}: its tokenizer has token ids up to {largest}, but the model "
+            f"only {config.vocab_size} embeddings; they do not belong together"
         )
     return 0 if is_decoder else config.pad_token_id  # no token sees a decoder's padding

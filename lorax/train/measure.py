@@ -1,14 +1,17 @@
 """What a trial cost: time, memory, FLOPs; and where it ran."""
 
+import contextlib
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.utils
 import numpy as np
 
 from lorax.process import PREPARED
@@ -16,6 +19,7 @@ from lorax.train.compiler import compiler_options
 from lorax.train.provenance import code_commit, lorax_version, now, package_versions
 
 KEEP_STEPS = 128
+FATAL = 3  # of absl's levels of logging
 _COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
 
 
@@ -149,7 +153,8 @@ def compile_cost(
     key = jitted, jax.tree.structure(args), *_numerics(), *shapes
     if key not in _COMPILED:
         start = time.perf_counter()
-        compiled = jitted.lower(*args).compile(compiler_options(keeps_barriers))
+        with without_alarm():
+            compiled = jitted.lower(*args).compile(compiler_options(keeps_barriers))
         seconds = time.perf_counter() - start
         flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
         _COMPILED[key] = StepCost(seconds, float(flops) / lanes, program_bytes(compiled)), compiled
@@ -157,6 +162,22 @@ def compile_cost(
     if is_trained:
         _COMPILED[key] = replace(cost, compile_seconds=0.0), compiled
     return cost, compiled
+
+
+@contextlib.contextmanager
+def without_alarm() -> Iterator[None]:
+    """Keep XLA's own log off the terminal while a program is compiled.
+
+    XLA reports a compilation of more than two minutes as an error, and asks to file a bug: packs
+    on a busy machine take as long. A compilation that fails raises.
+    """
+    shown = int(os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1"))  # JAX's default
+    set_level = getattr(jaxlib.utils, "absl_set_min_log_level", lambda level: None)
+    set_level(FATAL)
+    try:
+        yield
+    finally:
+        set_level(shown)
 
 
 def compiled_programs() -> int:

@@ -27,7 +27,7 @@ def read_result(directory: Path) -> Result | None:
     """The result of a trial that has ended; None while it has not, or if a part of it is missing.
 
     Raises:
-      LoraxError: a file that is there and damaged.
+      LoraxError: a file that is there and cannot be read, or is not the JSON of a result.
     """
     result = _stored_result(directory)
     return None if result is None or missing_parts(directory, result) else result
@@ -39,11 +39,39 @@ def _stored_result(directory: Path) -> Result | None:
         return None
     try:
         result = json.loads(path.read_text())
-        if not isinstance(result, dict) or result.get("status") not in STATUSES:
-            raise ValueError(f"no status of {', '.join(STATUSES)}")
-    except ValueError as fault:
-        raise LoraxError(f"{path} is damaged ({fault}); delete it to run the trial again") from None
+        fault = _fault_of(result)
+    except OSError as failed:
+        raise LoraxError(f"cannot read {path}: {failed.strerror or failed}") from failed
+    except (ValueError, RecursionError) as failed:
+        fault = str(failed)
+    if fault:
+        raise LoraxError(f"{path} is damaged ({fault}); delete it to run the trial again")
     return result
+
+
+def _fault_of(result: Any) -> str | None:
+    """What is wrong with a result's JSON, in a few words; None for nothing."""
+    status = _entry(result, ["status"])
+    if status not in STATUSES:
+        return f"its status is none of {', '.join(STATUSES)}"
+    wanted: list[tuple[list[Any], Any]] = [(["trial_id"], str)]
+    if status != "diverged":
+        wanted += [(["metric"], str), (["best", "step"], int), (["steps"], int)]
+        wanted += [(["trainable_params"], int), (["seconds_total"], int | float)]
+        wanted += [(["best", "metrics", _entry(result, ["metric"])], int | float | None)]
+    if status == CUT:
+        wanted += [(["cut", name], int) for name in ("step", "place", "of")]
+    wrong = (path for path, kind in wanted if not isinstance(_entry(result, path), kind))
+    path = next(wrong, None)
+    return f"{'.'.join(map(str, path))} is missing or of another type" if path else None
+
+
+def _entry(value: Any, path: list[Any]) -> Any:
+    """The entry of nested objects; an Ellipsis, which JSON does not have, where there is none."""
+    for name in path:
+        is_there = isinstance(value, dict) and isinstance(name, str) and name in value
+        value = value[name] if is_there else ...
+    return value
 
 
 def missing_parts(directory: Path, result: Result) -> list[str]:

@@ -134,6 +134,7 @@ def _load_model(config: TrialConfig, key: jax.Array) -> Any:
         config.model,
         _outputs(config),
         key=key,
+        labels=data.get_task(config.task.name).labels,
         dtype=DTYPES[config.train.precision],
         param_dtype=DTYPES.get(base_dtype, DTYPES[config.train.precision]),
         remat=config.train.remat,

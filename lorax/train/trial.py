@@ -32,6 +32,8 @@ from lorax.train.step import State, init_state
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
+# The name comes last: a long one would push the score out of a terminal of 80 columns.
+BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}] {desc}"
 
 
 def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
@@ -188,6 +190,8 @@ def progress_bar(trials: Sequence[TrialConfig], loop: Loop) -> Any:
         total=loop.total_steps,
         initial=loop.step,
         desc=name,
+        postfix="compiling",  # until the first step has ended
+        bar_format=BAR,
         unit="step",
         leave=False,
         disable=True if is_silent else None,  # None: silent where there is no terminal

@@ -164,7 +164,7 @@ def test_one_at_a_time_it_is_cut_into_two_packs(world, tmp_path, expected, monke
     trials = small_trials(world, tmp_path, lanes=1)
     failing_once(monkeypatch, PackEngine, "step", after=6)
     results = run_packed(trials)
-    assert "with 1 trials side by side: going on with packs of half the size" in caplog.text
+    assert "with 1 trial side by side: going on with packs of half the size" in caplog.text
     assert [result["status"] for result in results] == ["finished"] * 4 + ["diverged"]
     assert_same_numbers(trials, expected)
     folders = {path.name.partition("-")[0]: path for path in (tmp_path / "tiny/packs").iterdir()}
