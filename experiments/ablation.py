@@ -11,7 +11,6 @@ list. Given again, the command skips finished trials and goes on with one cut sh
 
 import itertools
 import logging
-import sys
 from collections.abc import Sequence
 
 from hydra import compose, initialize_config_module
@@ -19,7 +18,7 @@ from hydra import compose, initialize_config_module
 from lorax.analysis.report import build_report, save_report
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.sweep import at_the_door, config_of, run_packed, show_plan_if_asked
+from lorax.sweep import config_of, run_command, run_packed, show_plan_if_asked
 from lorax.trial_id import trial_dir
 
 RANKS = (1, 2, 4, 8, 16)
@@ -65,4 +64,4 @@ def main(overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    at_the_door(lambda: main(sys.argv[1:]))
+    run_command(main, __doc__)

@@ -12,7 +12,6 @@ on GPT-2's weights, which are on the hub alone.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
 from lorax.generation.scores import METRICS, check_metrics, score_texts
 from lorax.models import load_config, resolve_source
-from lorax.sweep import at_the_door, compose_trial, own_arguments, show_plan_if_asked
+from lorax.sweep import compose_trial, own_arguments, run_command, show_plan_if_asked
 from lorax.sweep.serial import run_and_tell
 from lorax.train.setup import prepare
 from lorax.train.trained import check_leaves_adapter, model_of, trained_part
@@ -98,4 +97,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    at_the_door(lambda: main(sys.argv[1:]))
+    run_command(main, __doc__)

@@ -8,13 +8,12 @@ plan for the step in its largest batch shape; nothing is trained. A process need
 libraries, and what the compiler itself took.
 """
 
-import sys
 from collections.abc import Sequence
 
 from hydra import compose, initialize_config_module
 
 from lorax.errors import LoraxError
-from lorax.sweep import at_the_door, config_of
+from lorax.sweep import config_of, run_command
 from lorax.sweep.memory import alternatives, memory_of, memory_table
 
 
@@ -30,4 +29,4 @@ def main(overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    at_the_door(lambda: main(sys.argv[1:]))
+    run_command(main, __doc__)

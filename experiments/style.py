@@ -12,7 +12,6 @@ one as it is.
 """
 
 import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from lorax.data.files import read_text
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
 from lorax.models import load_config, resolve_source
-from lorax.sweep import at_the_door, compose_trial, own_arguments, show_plan_if_asked
+from lorax.sweep import compose_trial, own_arguments, run_command, show_plan_if_asked
 from lorax.sweep.serial import run_and_tell
 from lorax.train.dataset import Dataset, load_dataset
 from lorax.train.evaluation import predict_all
@@ -144,4 +143,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    at_the_door(lambda: main(sys.argv[1:]))
+    run_command(main, __doc__)

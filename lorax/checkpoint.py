@@ -6,6 +6,7 @@ short is never taken for a checkpoint. The frozen base is never saved: its sourc
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -163,10 +164,28 @@ def head_tree(flat: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that is whole or absent, whenever the process dies."""
+    """Write a file that is whole or absent, whenever the process dies or the power goes."""
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    with partial.open("w") as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename in a folder reach the disk; not on Windows, whose folders cannot be opened."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as fault:
+        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+            raise
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

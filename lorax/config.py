@@ -8,7 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Settings that older trials do not know, and what they had instead.
-ADDED: dict[str, Any] = {"train.remat": False, "train.label_smoothing": 0.0, "task.content": None}
+ADDED: dict[str, Any] = {
+    "train.remat": False,
+    "train.label_smoothing": 0.0,
+    "task.content": None,
+    "model.content": None,
+    "model.tokenizer_content": None,
+}
+# Which fields say what a trial is trained on, by SHA-256.
+CONTENT = {
+    "data": "task.content",
+    "tokenizer": "model.tokenizer_content",
+    "base": "model.content",
+}
 
 
 @dataclass
@@ -22,7 +34,7 @@ class TaskConfig:
         then on the hub. Of a decoder's task the file or folder that docs/data.md describes.
       max_length: longest token sequence, special tokens included; longer ones are truncated, and
         a `text` is cut into blocks of this length.
-      content: the SHA-256 of a decoder's files, which the commands fill in: with another content it
+      content: the SHA-256 of the task's files, which the commands fill in: with another content it
         is another trial.
       max_train_samples: train on this many examples, a fixed draw that no seed changes.
       max_dev_samples: likewise for each dev split.
@@ -49,6 +61,9 @@ class ModelConfig:
         (the checkpoint's own dense + tanh over the first token, trained with the head).
       attention: `xla` or `cudnn` (both `jax.nn.dot_product_attention`), or `einsum` (plain).
       dropout: hidden and attention dropout while training; None takes the checkpoint's own.
+      content: the SHA-256 of the base's config and weights, or their commit on the hub, which the
+        commands fill in: with another content it is another trial.
+      tokenizer_content: likewise of the tokenizer's files.
     """
 
     name: str = "minilm"
@@ -57,11 +72,28 @@ class ModelConfig:
     pooling: str = "mean"
     attention: str = "einsum"
     dropout: float | None = None
+    content: str | None = None
+    tokenizer_content: str | None = None
 
 
 @dataclass
 class LoraConfig:
-    """The adapter: the fields of `lorax.LoraSpec`, which documents and checks them."""
+    """The adapter: the fields of `lorax.LoraSpec`, which documents and checks them.
+
+    Attributes:
+      rank: rank of every target that no pattern names.
+      alpha: the adapter is scaled by alpha / rank.
+      scaling: `lora` (alpha / rank) or `rslora` (alpha / sqrt(rank)).
+      targets: layers to adapt: any of `q` `k` `v` `o` together, `mlp`, `all-linear`, a module's
+        name, a regex, or a list of these.
+      exclude: names or regexes of layers that are not adapted.
+      layers: numbers of the layers that are adapted; None: all.
+      rank_pattern: rank by module name or regex, where it is not `rank`; an entry is added by
+        +lora.rank_pattern.query=4.
+      alpha_pattern: likewise, alpha.
+      dropout: dropout rate on the input of A.
+      init: how A starts, a key of `lorax.lora.initializers.INITIALIZERS`; B starts at zero.
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -85,6 +117,9 @@ class OptimizerConfig:
       schedule: `linear` or `cosine` decay to zero, or `constant`; each after the warm-up.
       warmup_ratio: share of all optimizer steps spent rising linearly from zero.
       weight_decay: decoupled; never on biases and norms.
+      b1: Adam's decay rate of the mean of gradients.
+      b2: Adam's decay rate of the mean of squared gradients.
+      eps: Adam's epsilon, added to the root in the denominator.
       clip_norm: global-norm bound on the trainable part's gradient; None for no clipping.
     """
 
@@ -219,7 +254,12 @@ class SweepConfig:
 
 @dataclass
 class TrialConfig:
-    """One training run. `lorax.trial_id` names its directory by a hash of this."""
+    """One training run. `lorax.trial_id` names its directory by a hash of this.
+
+    Attributes:
+      seed: of the data order, the initial adapter and head, and dropout.
+      output_dir: the folder of all sweeps; a trial's directory is `<output_dir>/<sweep.name>/<id>`.
+    """
 
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

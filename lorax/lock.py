@@ -24,8 +24,12 @@ class BusyError(LoraxError):
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, *, waits: bool = False) -> Iterator[None]:
     """Hold a directory for this process; the system lets go of it when the process dies.
+
+    Args:
+      directory: has a file `lock`, which is made.
+      waits: for a process that holds it.
 
     Raises:
       BusyError: another process holds it.
@@ -37,7 +41,7 @@ def locked(directory: Path) -> Iterator[None]:
         return
     with (directory / "lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASICS = {"errors", "config", "goodness"}
+BASICS = {"errors", "config", "effective", "goodness"}
 MAY_IMPORT = {
     "errors": set(),
     "config": set(),
+    "effective": set(),
     "goodness": set(),
+    "digest": {"errors", "process"},
     "lock": BASICS,
     "process": set(),
     "stop": set(),
@@ -19,11 +21,22 @@ MAY_IMPORT = {
     "tracking": BASICS,
     "lora": BASICS,
     "models": BASICS | {"free_memory", "lora"},
-    "data": BASICS,
+    "data": BASICS | {"digest"},
     "generation": BASICS | {"lora", "models", "data"},
     "checkpoint": BASICS | {"lora"},
     "train": BASICS
-    | {"process", "stop", "lock", "trial_id", "tracking", "checkpoint", "lora", "models", "data"},
+    | {
+        "process",
+        "stop",
+        "digest",
+        "lock",
+        "trial_id",
+        "tracking",
+        "checkpoint",
+        "lora",
+        "models",
+        "data",
+    },
     "sweep": BASICS
     | {
         "process",

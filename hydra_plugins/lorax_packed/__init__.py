@@ -21,8 +21,8 @@ class PackedLauncher(BasicLauncher):
         """Train the packs, then let Hydra write what it writes for each job."""
         from lorax.sweep.launcher import launch_packed
 
-        self.task_function = launch_packed(self._compose, job_overrides)
-        return super().launch(job_overrides, initial_job_idx)
+        self.task_function = ended = launch_packed(self._compose, job_overrides)
+        return ended.close(super().launch(job_overrides, initial_job_idx))
 
     def _compose(self, overrides: Sequence[str]) -> Any:
         assert self.hydra_context is not None and self.config is not None

@@ -43,17 +43,17 @@ class PackedSubmititLauncher(BasicLauncher):
           LoraxError: the extra is not installed; or see `run_jobs`.
         """
         from lorax.errors import LoraxError
-        from lorax.sweep.launcher import launch_jobs, with_quiet_faults
+        from lorax.sweep.launcher import launch_jobs
         from lorax.sweep.slurm import submit
 
         if SlurmQueueConf is None:
             raise LoraxError(
                 f"hydra/launcher={self.name} needs an extra: pip install -e '.[slurm]'"
             )
-        self.task_function = launch_jobs(
+        self.task_function = ended = launch_jobs(
             self._compose, lambda jobs: submit(jobs, self.cluster, self.options), job_overrides
         )
-        return with_quiet_faults(super().launch(job_overrides, initial_job_idx))
+        return ended.close(super().launch(job_overrides, initial_job_idx))
 
     def _compose(self, overrides: Sequence[str]) -> Any:
         assert self.hydra_context is not None and self.config is not None

@@ -3,15 +3,18 @@
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from lorax.analysis.results import ENDED, Trial
 from lorax.analysis.statistics import Summary, summarize
+from lorax.config import CONTENT
+from lorax.effective import effective
 from lorax.goodness import lower_is_better
 
 MISSING = "\u2013"
 MODES = ("head", "lora", "full")
-CONTEXT = ("task.name", "model.name")
+CONTEXT = ("task.name", "model.name", *CONTENT.values())
 
 _BOOKKEEPING = frozenset(
     {
@@ -24,7 +27,11 @@ _NAMED_BY = {
     "task.data_dir": "task.name",
     "model.source": "model.name",
     "model.revision": "model.name",
+    "task.content": "task.name",
+    "model.content": "model.name",
+    "model.tokenizer_content": "model.name",
 }
+_PART_OF = {key: part for part, key in CONTENT.items()}
 _ORDER = (*CONTEXT, "train.mode", "lora.rank", "lora.alpha", "lora.scaling", "lora.targets")
 _TUNED_PREFIXES = ("optimizer.",)
 _TUNED = frozenset(
@@ -93,12 +100,17 @@ class Group:
         return self.example.metric
 
     def has(self, key: str) -> bool:
-        """Whether a setting matters in this mode: `lora.*` does not without an adapter."""
-        return applies(key, self.mode)
+        """Whether a setting has an effect: `lora.*` has none without an adapter."""
+        return key in self.settings
 
     def value(self, key: str) -> Any:
-        """The group's value of a setting."""
-        return self.example.config.get(key)
+        """The group's value of a setting; None where it has no effect."""
+        return self.settings.get(key)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What its trials share, by dotted key."""
+        return _settings(self.example)
 
     def scores(self, epoch: str = "best", metric: str | None = None) -> list[float]:
         """One dev metric a seed at the `best` or `last` epoch, raw; missing ones dropped."""
@@ -133,20 +145,17 @@ class Choice:
     among: tuple[Group, ...]
 
 
-def applies(key: str, mode: str) -> bool:
-    """Whether a setting has any effect in a mode."""
-    return mode == "lora" or not (key.startswith("lora.") or key == "train.pad_rank")
-
-
 def group_trials(trials: Iterable[Trial]) -> list[Group]:
     """Groups ended trials by everything but their seed; unfinished ones are passed over.
 
-    Settings without effect are no difference: a `head` trial is the same at every LoRA rank.
+    Settings without effect (`lorax.effective`) are no difference: a `head` trial is the same at
+    every LoRA rank. Trials of other content, or of content that was not recorded, are apart.
     """
     bundles: dict[Hashable, list[Trial]] = {}
     for trial in trials:
         if trial.status in ENDED:
-            bundles.setdefault(_freeze(_settings(trial)), []).append(trial)
+            settings = sorted(_settings(trial).items())
+            bundles.setdefault(_freeze(settings), []).append(trial)
     groups = [group for bundle in bundles.values() if (group := _group(bundle)) is not None]
     keys = varying_keys(groups)
     return sorted(groups, key=lambda group: [_sortable(group, key) for key in keys])
@@ -158,7 +167,7 @@ def varying_keys(groups: Sequence[Group]) -> tuple[str, ...]:
     `train.mode` is always one of them, and `lora.rank` where any group has an adapter. A key that
     only spells out another one (`model.source` beside `model.name`) is not.
     """
-    keys = {key for group in groups for key in _settings(group.example)}
+    keys = {key for group in groups for key in group.settings}
     varying = {key for key in keys if _varies(key, groups)}
     varying -= {k for k, name in _NAMED_BY.items() if _determines(name, k, groups)}
     varying |= {"train.mode"}
@@ -167,11 +176,26 @@ def varying_keys(groups: Sequence[Group]) -> tuple[str, ...]:
     return tuple(sorted(varying, key=_key_order))
 
 
+def content_notes(groups: Sequence[Group]) -> tuple[str, ...]:
+    """What to know of rows that differ in what they were trained on."""
+    keys = [key for key in varying_keys(groups) if key in _PART_OF]
+    if not keys:
+        return ()
+    parts = " and ".join(_PART_OF[key] for key in keys)
+    note = (
+        f"Trials were trained on several contents of {parts} under one name (by SHA-256): rows of "
+        "different content do not compare."
+    )
+    if any(group.value(key) is None for group in groups for key in keys):
+        note += " Of unknown content are trials of a version that did not record it."
+    return (note,)
+
+
 def constant_settings(groups: Sequence[Group]) -> dict[str, Any]:
     """The settings that all groups share where they have them, by dotted key."""
     shared: dict[str, Any] = {}
     for group in groups:
-        for key, value in _settings(group.example).items():
+        for key, value in group.settings.items():
             if not _varies(key, groups):
                 shared.setdefault(key, value)
     return dict(sorted(shared.items()))
@@ -211,7 +235,9 @@ def _best(part: Sequence["Group"]) -> "Group":
 
 
 def display(group: Group, key: str) -> str:
-    """A group's value of a setting as tables and legends show it."""
+    """A group's value of a setting as tables and legends show it; of a digest the beginning."""
+    if key in _PART_OF:
+        return f"{_PART_OF[key]} {str(group.value(key) or 'unknown')[:8]}"
     return format_value(group.value(key)) if group.has(key) else MISSING
 
 
@@ -245,9 +271,7 @@ def _format_float(value: float) -> str:
 
 def _settings(trial: Trial) -> dict[str, Any]:
     return {
-        key: value
-        for key, value in trial.config.items()
-        if not _is_bookkeeping(key) and applies(key, trial.mode)
+        key: value for key, value in effective(trial.config).items() if not _is_bookkeeping(key)
     }
 
 
@@ -298,7 +322,7 @@ def _sortable(group: Group, key: str) -> tuple[int, float, str]:
 def _freeze(value: Any) -> Hashable:
     freeze: Callable[[Any], Hashable] = _freeze
     if isinstance(value, Mapping):
-        return tuple(sorted((str(key), freeze(item)) for key, item in value.items()))
+        return tuple((str(key), freeze(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(freeze(item) for item in value)
     return value

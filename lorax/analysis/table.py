@@ -11,6 +11,7 @@ from lorax.analysis.groups import (
     Choice,
     Group,
     best_choices,
+    content_notes,
     display,
     format_value,
     is_tuned,
@@ -292,7 +293,7 @@ def _cost_entries(groups: Sequence[Group]) -> list[_Entry]:
 
 
 def _notes(groups: Sequence[Group]) -> tuple[str, ...]:
-    notes = []
+    notes = [*content_notes(groups)]
     if any(group.diverged for group in groups):
         notes.append(
             "Diverged trials are counted under seeds and left out of every mean, which flatters "

@@ -12,7 +12,7 @@ from lorax.data.shuffle import permutation, subsample
 from lorax.data.special_tokens import find_eos_id, special_tokens
 from lorax.data.tasks import TASKS, Task, get_task
 from lorax.data.token_cache import encode_cached, encode_documents_cached, token_dir
-from lorax.data.tokenize import Encoded, encode, load_tokenizer
+from lorax.data.tokenize import Encoded, encode, largest_id, load_tokenizer
 
 __all__ = [
     "TASKS",
@@ -35,6 +35,7 @@ __all__ = [
     "find_eos_id",
     "fit",
     "get_task",
+    "largest_id",
     "load_chat_template",
     "load_documents",
     "load_split",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lorax.data.documents import Span
 from lorax.data.files import read_text
 from lorax.data.special_tokens import control_tokens, read_json, special_tokens
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief
 
 if TYPE_CHECKING:
     import jinja2
@@ -182,9 +182,12 @@ def _source(folder: Path) -> str:
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_json(folder / name).get("chat_template")
         if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+            named = [x for x in found if isinstance(x, dict) and x.get("name") == "default"]
+            found = named[-1].get("template") if named else None
         if isinstance(found, str):
             return found
+        if found is not None:
+            raise LoraxError(f"{folder / name}: chat_template={brief(found)} is not a text")
     raise LoraxError(
         f"{folder}: the tokenizer has no chat template: put one in chat_template.jinja there, or "
         'give each line as {"prompt": ..., "completion": ...}'

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from lorax.data.tokenize import Encoded, without_end
+from lorax.data.tokenize import BROKEN, Encoded, refusing, without_end
 from lorax.errors import LoraxError
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ def _blocks(
     tokenizer: Tokenizer, texts: list[str], max_length: int
 ) -> list[tuple[list[int], np.ndarray]]:
     tokenizer.enable_truncation(max_length)
-    firsts = tokenizer.encode_batch(texts)
+    with refusing(BROKEN):
+        firsts = tokenizer.encode_batch(texts)
     tokenizer.no_truncation()
     blocks = [without_end(block) for first in firsts for block in (first, *first.overflowing)]
     return [(ids, np.arange(len(ids)) > 0) for ids in blocks]
@@ -111,7 +112,8 @@ def _cut(
 ) -> list[tuple[list[int], np.ndarray]]:
     tokenizer.no_truncation()
     adds = documents.form == "prompt"
-    encodings = tokenizer.encode_batch(documents.texts, add_special_tokens=adds)
+    with refusing(BROKEN):
+        encodings = tokenizer.encode_batch(documents.texts, add_special_tokens=adds)
     marked = map(_marked, encodings, documents.texts, documents.targets, repeat(eos_id))
     return [(ids[:max_length], marks[:max_length]) for ids, marks in marked]
 

@@ -1,7 +1,6 @@
-import hashlib
-from functools import lru_cache
 from pathlib import Path
 
+from lorax.digest import file_digest, files_digest, lines_digest
 from lorax.errors import LoraxError
 
 
@@ -28,21 +27,7 @@ def digest_of(path: Path) -> str:
     Raises:
       LoraxError: it cannot be read.
     """
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    sums = hashlib.sha256()
-    for file in files:
-        if file.is_file() and not file.name.startswith("."):
-            stat = file.stat()
-            name = file.name if path.is_dir() else ""
-            sums.update(f"{name} {_digest(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
-    return sums.hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, size: int, changed: int) -> str:
-    del size, changed  # they tell a file from what it was
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise LoraxError(f"{path}: cannot be read ({error.strerror})") from error
+    if not path.is_dir():
+        return lines_digest([("", file_digest(path))])
+    files = (file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    return files_digest(sorted(files))

@@ -1,4 +1,7 @@
+import hashlib
+import json
 import os
+from functools import lru_cache
 from pathlib import Path
 
 from lorax.data.documents import Documents
@@ -8,9 +11,10 @@ from lorax.data.files import digest_of
 from lorax.data.glue import find_folder, read_tsv
 from lorax.data.hub import load_hub_split
 from lorax.data.instructions import load_instructions
-from lorax.data.reviews import load_reviews
+from lorax.data.reviews import load_reviews, reviews_file
 from lorax.data.tasks import TASKS, Task, get_task
 from lorax.data.text_file import load_text
+from lorax.digest import files_digest
 from lorax.errors import LoraxError
 
 
@@ -79,13 +83,44 @@ def _checked(task: Task | str, split: str) -> Task:
 
 
 def content_of(task: str, data_dir: str | os.PathLike | None) -> str | None:
-    """The SHA-256 of the user's own files; None where there are none, or none are there.
+    """The SHA-256 of what a task's splits are read from; None where it cannot be read.
+
+    Of a task of labelled examples these are the files of its training and dev splits, wherever
+    `load_split` finds them; of GLUE from the hub the examples themselves.
 
     Args:
       task: a name, known or not.
-      data_dir: the user's file or folder.
+      data_dir: as of `load_split` or `load_documents`.
+
+    Raises:
+      LoraxError: a decoder's file that is there and cannot be read.
     """
-    is_own = task in TASKS and TASKS[task].kind == "causal_lm"
-    if not is_own or data_dir is None or not Path(data_dir).exists():
+    if task not in TASKS:
         return None
-    return digest_of(Path(data_dir))
+    if TASKS[task].kind == "causal_lm":
+        path = None if data_dir is None else Path(data_dir)
+        return digest_of(path) if path is not None and path.exists() else None
+    try:
+        files = _example_files(TASKS[task], data_dir)
+        return files_digest(files) if files else _hub_content(task)
+    except LoraxError:
+        return None  # loading it says why
+
+
+def _example_files(task: Task, data_dir: str | os.PathLike | None) -> list[Path]:
+    """The files that training and dev examples are read from; none where they are on the hub."""
+    if task.name == "reviews":
+        return [reviews_file(data_dir)]
+    folder = find_folder(task, data_dir)
+    return [folder / f"{split}.tsv" for split in ("train", *task.dev_splits)] if folder else []
+
+
+@lru_cache(maxsize=16)
+def _hub_content(task: str) -> str:
+    """The SHA-256 of the training and dev examples that the hub gives, once a process."""
+    sums = hashlib.sha256()
+    for split in ("train", *TASKS[task].dev_splits):
+        found = load_hub_split(TASKS[task], split)
+        columns = [found.first, found.second, found.labels.tolist()]
+        sums.update(json.dumps([split, *columns]).encode())
+    return sums.hexdigest()

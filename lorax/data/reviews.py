@@ -31,14 +31,19 @@ def load_reviews(split: str, data_dir: str | os.PathLike | None = None) -> Examp
     Raises:
       LoraxError: the asset is missing or a line is malformed.
     """
-    folder = find_asset("reviews") if data_dir is None else Path(data_dir)
     ratings = {
         text: rating
-        for text, rating in reversed(_read(folder / FILE_NAME))
+        for text, rating in reversed(_read(reviews_file(data_dir)))
         if abs(rating) >= _MIN_RATING and split_of(text) == split
     }
     texts = [*reversed(ratings)]
     return Examples(texts, None, np.asarray([ratings[text] > 0 for text in texts], np.int32))
+
+
+def reviews_file(data_dir: str | os.PathLike | None = None) -> Path:
+    """The file of the reviews; arguments and errors as of `load_reviews`."""
+    folder = find_asset("reviews") if data_dir is None else Path(data_dir)
+    return folder / FILE_NAME
 
 
 def split_of(text: str) -> str:

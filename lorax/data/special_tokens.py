@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lorax.data.files import read_text
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief, one_line
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
@@ -22,19 +22,23 @@ def special_tokens(folder: Path) -> dict[str, str]:
     Raises:
       LoraxError: a file is not JSON.
     """
-    named = {**read_json(folder / "special_tokens_map.json")}
-    named |= {k: v for k, v in read_json(folder / "tokenizer_config.json").items() if v is not None}
-    texts = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in named.items()
-        if name.endswith("_token") and isinstance(value, str | dict)
-    }
-    return {**_from_config(folder), **texts}
+    named: dict[str, Any] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        found = read_json(folder / file)
+        named |= {k: v for k, v in found.items() if v is not None and k.endswith("_token")}
+    texts = {name: _text(value) for name, value in named.items()}
+    return {**_from_config(folder), **{k: v for k, v in texts.items() if v is not None}}
+
+
+def _text(value: Any) -> str | None:
+    """The text of a token, which is a string or a dict with `content`; None: it is neither."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
 
 
 def control_tokens(folder: Path) -> list[str]:
     """The texts that `tokenizer.json` reads as special tokens wherever they stand."""
-    return [token["content"] for token in _added(folder) if token["special"]]
+    return [token["content"] for token in _added(folder) if token.get("special")]
 
 
 def find_eos_id(tokenizer: Tokenizer, folder: Path) -> int:
@@ -47,7 +51,7 @@ def find_eos_id(tokenizer: Tokenizer, folder: Path) -> int:
     number = None if name is None else tokenizer.token_to_id(name)
     if number is None:
         raise LoraxError(
-            f"{folder}: eos_token={name!r} is no token: name one in tokenizer_config.json"
+            f"{folder}: eos_token={brief(name)} is no token: name one in tokenizer_config.json"
         )
     return number
 
@@ -60,17 +64,31 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
+    text = read_text(path)
     try:
-        found = json.loads(read_text(path))
+        found = json.loads(text)
+    except RecursionError:
+        raise LoraxError(f"{path}: not JSON (nested too deeply)") from None
     except ValueError as error:
-        raise LoraxError(f"{path}: not JSON ({error})") from error
+        raise LoraxError(f"{path}: not JSON ({one_line(error)})") from error
     if not isinstance(found, dict):
         raise LoraxError(f"{path}: not a JSON object")
     return found
 
 
 def _added(folder: Path) -> list[dict[str, Any]]:
-    return read_json(folder / "tokenizer.json").get("added_tokens", [])
+    """The added tokens of `tokenizer.json`; each has a `content` and an `id`."""
+    path = folder / "tokenizer.json"
+    tokens = read_json(path).get("added_tokens") or []
+    if not isinstance(tokens, list) or not all(map(_is_added, tokens)):
+        raise LoraxError(f"{path}: added_tokens is not a list of tokens with content and id")
+    return tokens
+
+
+def _is_added(token: Any) -> bool:
+    if not isinstance(token, dict):
+        return False
+    return isinstance(token.get("content"), str) and isinstance(token.get("id"), int)
 
 
 def _from_config(folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,9 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from lorax.data.examples import Examples
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, one_line
+
+BROKEN = "the tokenizer cannot encode texts: its tokenizer.json is damaged or incomplete"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +59,32 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise LoraxError(f"{path}: no such file; model.source needs a tokenizer.json")
-    try:
+    with refusing(f"{path}: not a tokenizer.json"):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust side raises bare Exception
-        raise LoraxError(f"{path}: not a tokenizer.json ({error})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@contextlib.contextmanager
+def refusing(fault: str) -> Iterator[None]:
+    """Turns what the Rust side raises, bare exceptions and panics, into a `LoraxError`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise LoraxError(f"{fault} ({one_line(error)})") from error
+
+
+def largest_id(tokenizer: Tokenizer) -> int:
+    """The largest token id that a text may have, added and special tokens included; -1: none.
+
+    Ids need not be consecutive: a vocabulary of 30,000 tokens may go up to 50,000.
+    """
+    with refusing(BROKEN):
+        specials = tokenizer.encode("", "").ids  # which may be in the post-processor alone
+    return max((*tokenizer.get_vocab(with_added_tokens=True).values(), *specials), default=-1)
 
 
 def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded:
@@ -84,7 +106,8 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded
     tokenizer.enable_truncation(max_length, strategy="longest_first")
     second = examples.second
     inputs = examples.first if second is None else list(zip(examples.first, second, strict=True))
-    encodings = tokenizer.encode_batch_fast(inputs)
+    with refusing(BROKEN):
+        encodings = tokenizer.encode_batch_fast(inputs)
     tokenizer.no_truncation()
     return Encoded(
         [np.asarray(e.ids, np.int32) for e in encodings],

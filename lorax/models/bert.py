@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from lorax.models.encoder import Encoder
-from lorax.models.family import Family, Pooler, Rule, check_heads, read_config
+from lorax.models.family import Family, Pooler, Rule, check_sizes, read_config
 from lorax.models.functions import ACTIVATIONS
+from lorax.models.options import Count, Epsilon, Layers, Length, Rate, Size
 
 # Options of a Hugging Face config that change the computation, and the values served here.
 _SERVED: dict[str, tuple[Any, ...]] = {
@@ -18,15 +19,16 @@ _SERVED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
 }
+# DistilBERT's names; of three sizes BERT's are taken, too, and go before, as in transformers.
 _DISTILBERT = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "hidden_dim",
-    "hidden_act": "activation",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-    "classifier_dropout": "seq_classif_dropout",
+    "hidden_size": ("hidden_size", "dim"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layers"),
+    "num_attention_heads": ("num_attention_heads", "n_heads"),
+    "intermediate_size": ("hidden_dim",),
+    "hidden_act": ("activation",),
+    "hidden_dropout_prob": ("dropout",),
+    "attention_probs_dropout_prob": ("attention_dropout",),
+    "classifier_dropout": ("seq_classif_dropout",),
 }
 _COUNTS_FROM_PADDING = ("roberta", "xlm-roberta", "camembert")
 
@@ -43,24 +45,24 @@ class BertConfig:
       classifier_dropout: rate before the output layer; None means `hidden_dropout_prob`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
+    vocab_size: Length
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    intermediate_size: Size
     model_type: str = "bert"
-    embedding_size: int | None = None
+    embedding_size: Size | None = None
     hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
+    max_position_embeddings: Length = 512
+    type_vocab_size: Count = 2
+    layer_norm_eps: Epsilon = 1e-12
+    pad_token_id: Count = 0
+    hidden_dropout_prob: Rate = 0.1
+    attention_probs_dropout_prob: Rate = 0.1
+    classifier_dropout: Rate | None = None
 
     def __post_init__(self) -> None:
-        check_heads(self)
+        check_sizes(self)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "BertConfig":
@@ -74,14 +76,17 @@ class BertConfig:
         served = {"model_type": tuple(FAMILIES), **_SERVED}
         if model_type == "distilbert":
             served["activation"] = tuple(ACTIVATIONS)
+            found = read_config(cls, config, served=served, names=_DISTILBERT)
             fixed = {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
-            return cls(**(read_config(cls, config, served=served, names=_DISTILBERT) | fixed))
+            return cls(**({"classifier_dropout": 0.2} | found | fixed))
         served["hidden_act"] = tuple(ACTIVATIONS)
         if model_type == "electra":  # an option of generation alone, which has no other effect
             served["summary_activation"] = ("gelu", config.get("summary_activation"))
         found = read_config(cls, config, served=served)
-        pad = FAMILIES[model_type].pad_token
-        return cls(**({"pad_token_id": pad} | found))
+        absent: dict[str, Any] = {"pad_token_id": FAMILIES[model_type or "bert"].pad_token}
+        if model_type == "electra":
+            absent["embedding_size"] = 128  # of transformers
+        return cls(**(absent | found))
 
     @property
     def first_position(self) -> int:

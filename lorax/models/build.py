@@ -1,5 +1,9 @@
 """From a `ModelConfig` to a model without weights: its config, its abstract shape."""
 
+import dataclasses
+import logging
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,15 +14,21 @@ from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
 from lorax.models.classifier import SequenceClassifier
+from lorax.models.convert import is_untied
 from lorax.models.families import DECODERS, ENCODERS, family_of
 from lorax.models.family import with_dropout
-from lorax.models.hub import read_json, resolve_source
+from lorax.models.hub import Version, open_checkpoint, read_json, resolve_source, version_of
 
+log = logging.getLogger(__name__)
 Model = SequenceClassifier | CausalLM
 
 
 def load_config(model: ModelConfig, *, is_decoder: bool = False) -> Any:
-    """Reads an architecture, no weights; `model.dropout`, if set, replaces all its rates.
+    """Reads an architecture; `model.dropout`, if set, replaces all its rates.
+
+    No weights are read, with one exception: where `config.json` ties a decoder's embeddings and the
+    files hold an output layer, too, the two are compared. As in transformers, they are not tied if
+    they differ.
 
     Args:
       model: which base.
@@ -28,7 +38,8 @@ def load_config(model: ModelConfig, *, is_decoder: bool = False) -> Any:
       The config of the family that `config.json` names by its `model_type`.
 
     Raises:
-      LoraxError: no such model, one of the other kind, or one with an option that is not served.
+      LoraxError: no such model, one of the other kind, or one with an option that is not served;
+        a decoder's weights that are there, but damaged.
     """
     folder = resolve_source(model.source, model.revision)
     try:
@@ -42,9 +53,25 @@ def load_config(model: ModelConfig, *, is_decoder: bool = False) -> Any:
                 f"tokens; leave it at {ModelConfig.pooling}"
             )
         config = family.config.from_hf(given)
+        if is_decoder and config.tie_word_embeddings:
+            is_tied = not _is_untied(folder, config.model_type, version_of(folder))
+            config = dataclasses.replace(config, tie_word_embeddings=is_tied)
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
     return config if model.dropout is None else with_dropout(config, model.dropout)
+
+
+@lru_cache(maxsize=8)
+def _is_untied(folder: Path, model_type: str, version: Version) -> bool:
+    if not any(name.endswith(".safetensors") for name, _ in version):
+        return False  # not downloaded yet
+    if found := is_untied(open_checkpoint(folder), model_type):
+        log.warning(
+            "%s: config.json says tie_word_embeddings, but the file's output layer is not the word "
+            "embeddings: it is taken as it is",
+            folder,
+        )
+    return found
 
 
 def _other_kind(model_type: str, is_decoder: bool) -> str:

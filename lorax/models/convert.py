@@ -13,11 +13,16 @@ import numpy as np
 from lorax.errors import LoraxError, refuse
 from lorax.models.families import family_of
 from lorax.models.family import Rule, rule_of
+from lorax.models.stored import FLOATS
 from lorax.models.weight import Shaped, Tensor, Weight
 
 _LEAVES = {"embedding": "weight", "scale": "weight", "bias": "bias"}
 _TURNED = (".kernel", ".taps")  # outputs last; a convolution's window first
 _LEAVES |= {leaf.removeprefix("."): "weight" for leaf in _TURNED}
+_FLOATS = ", ".join(map(str, FLOATS))
+# Of a tied decoder these two are one array.
+_WORDS, _OUTPUT = "decoder.word.embedding", "lm_head.kernel"
+_ROWS = 4096  # of a table that are read at once
 # Norms of TensorFlow's time.
 _SPELLINGS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
@@ -67,6 +72,29 @@ def _strip(name: str, prefix: str) -> str:
     return name
 
 
+def _stripped(path: str, model_type: str) -> str:
+    """The name of a parameter of ours, as `_strip` leaves names."""
+    return _strip(_find(path, model_type)[1], family_of(model_type).prefix)
+
+
+def is_untied(tensors: Mapping[str, Tensor], model_type: str) -> bool:
+    """Whether a decoder's checkpoint has an output layer unlike its word embeddings.
+
+    Its config may say that they are tied all the same. Where both are stored they are read, a few
+    rows at a time.
+    """
+    given = {_strip(name, family_of(model_type).prefix): x for name, x in tensors.items()}
+    words, output = (given.get(_stripped(path, model_type)) for path in (_WORDS, _OUTPUT))
+    if words is None or output is None:
+        return False
+    shape = tuple(words.shape)
+    if len(shape) != 2 or tuple(output.shape) != shape:
+        return True
+    columns = slice(0, shape[1])
+    parts = ((slice(n, min(n + _ROWS, shape[0])), columns) for n in range(0, shape[0], _ROWS))
+    return not all(np.array_equal(words[part], output[part]) for part in parts)
+
+
 def convert(
     tensors: Mapping[str, Tensor],
     wanted: Mapping[str, Shaped],
@@ -90,6 +118,7 @@ def find_weights(
 
     Args:
       tensors: the checkpoint; names with or without the prefix of the base model, such as `bert.`.
+        Of a decoder with tied embeddings it may hold the output layer in their place.
       wanted: dotted path to the shape that our model expects, the head's included.
       model_type: a key of `lorax.models.families.FAMILIES`.
       load_head: take the head's modules too where the checkpoint has them. An output layer for
@@ -99,18 +128,23 @@ def find_weights(
       Dotted path to weight, in our layout: every parameter of the base, and the head's that exist.
 
     Raises:
-      LoraxError: every missing, mis-shaped and unexpected weight, in one line.
+      LoraxError: every missing, mis-shaped, doubled and unexpected weight, in one line.
     """
     family = family_of(model_type)
-    given = {_strip(name, family.prefix): tensor for name, tensor in tensors.items()}
+    names: dict[str, list[str]] = {}
+    for name in tensors:
+        names.setdefault(_strip(name, family.prefix), []).append(name)
+    given = {name: tensors[stored[0]] for name, stored in names.items()}
     found: dict[str, Weight] = {}
     used, faults = set(), []
     absent = _absent_head_modules(wanted, given, model_type) if load_head else ("head.",)
     for path, want in wanted.items():
         if path.startswith(absent):
             continue
-        rule, name = _find(path, model_type)
-        name = _strip(name, family.prefix)
+        rule, name = _find(path, model_type)[0], _stripped(path, model_type)
+        if path == _WORDS and name not in given and _OUTPUT not in wanted:
+            output = _stripped(_OUTPUT, model_type)
+            name = output if output in given else name  # a tied model may keep either
         used.add(name)
         if name not in given:
             faults.append(f"missing {name}")
@@ -119,10 +153,13 @@ def find_weights(
         shape, (part, of) = tuple(want.shape), rule.part or (0, 1)
         whole = (*shape[:-1], shape[-1] * of)
         expected = whole[::-1] if turned else whole
-        if tuple(given[name].shape) == expected:
-            found[path] = Weight(given[name], shape, turned, part * shape[-1])
-        else:
+        if tuple(given[name].shape) != expected:
             faults.append(f"{name} has shape {tuple(given[name].shape)}, expected {expected}")
+        elif given[name].dtype not in FLOATS:
+            faults.append(f"{name} is stored as {given[name].dtype}, not in one of {_FLOATS}")
+        found[path] = Weight(given[name], shape, turned, part * shape[-1], name=name)
+    twice = sorted(name for name in used if len(names.get(name, ())) > 1)
+    faults += [f"{name} is there twice, as {' and '.join(names[name])}" for name in twice]
     rest = sorted(given.keys() - used)
     faults += [f"unexpected {name}" for name in rest if not re.fullmatch(family.unneeded, name)]
     refuse(f"checkpoint does not fit {model_type}", faults)
@@ -138,7 +175,7 @@ def _absent_head_modules(
     """
     absent = []
     for module in sorted({path.rpartition(".")[0] for path in wanted if path.startswith("head.")}):
-        name = _strip(hf_module(module, model_type), family_of(model_type).prefix)
+        name = _stripped(module, model_type)
         bias = tensors.get(f"{name}.bias")
         no_tensor = bias is None and f"{name}.weight" not in tensors
         resized = bias is not None and bias.shape != tuple(wanted[f"{module}.bias"].shape)

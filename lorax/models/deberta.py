@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief
 from lorax.models import encoder
 from lorax.models.deberta_conv import CONV_ACTIVATIONS, Conv
-from lorax.models.family import Family, Pooler, Rule, check_heads, read_config
+from lorax.models.family import Family, Pooler, Rule, check_sizes, read_config
 from lorax.models.functions import ACTIVATIONS, dropout
 from lorax.models.layers import Maker, check_length, split_heads
+from lorax.models.options import Count, Epsilon, Layers, Length, Limit, Rate, Size, read_option
 from lorax.models.reading import FirstTokens
 
 # Options of a Hugging Face config that change the computation, and the values served here.
@@ -59,35 +60,41 @@ class DebertaConfig:
         `hidden_dropout_prob`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
+    vocab_size: Length
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    intermediate_size: Size
     model_type: str = "deberta-v2"
-    embedding_size: int | None = None
+    embedding_size: Size | None = None
     hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 0
+    max_position_embeddings: Length = 512
+    type_vocab_size: Count = 0
     position_biased_input: bool = True
     relative_attention: bool = False
     pos_att_type: tuple[str, ...] = ()
     share_att_key: bool = False
-    position_buckets: int = -1
-    max_relative_positions: int = -1
-    conv_kernel_size: int = 0
+    position_buckets: Limit = -1
+    max_relative_positions: Limit = -1
+    conv_kernel_size: Count = 0
     conv_act: str = "tanh"
     norm_rel_ebd: str = "none"
-    layer_norm_eps: float = 1e-7
-    pad_token_id: int = 0
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
+    layer_norm_eps: Epsilon = 1e-7
+    pad_token_id: Count = 0
+    hidden_dropout_prob: Rate = 0.1
+    attention_probs_dropout_prob: Rate = 0.1
+    classifier_dropout: Rate | None = None
 
     def __post_init__(self) -> None:
-        check_heads(self)
+        check_sizes(self)
         if (window := self.conv_kernel_size) and window % 2 == 0:
             raise LoraxError(f"config.json: conv_kernel_size={window} is no odd number")
+        middle = self.position_buckets // 2
+        if self.position_buckets > 0 and not 0 < middle < self.farthest - 1:
+            raise LoraxError(
+                f"config.json: position_buckets={self.position_buckets} is not from 2 to below "
+                f"twice the farthest distance, {self.farthest - 1}"
+            )
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "DebertaConfig":
@@ -98,9 +105,10 @@ class DebertaConfig:
             that is absent.
         """
         served = {**_SERVED, "pooler_hidden_size": (config.get("hidden_size"),)}
-        names = {"classifier_dropout": "cls_dropout"}
-        found = read_config(cls, config, served=served, names=names)
-        return cls(**(found | {"pos_att_type": _attended(found.get("pos_att_type", ()))}))
+        kinds = read_option(config, "pos_att_type", str | tuple[str, ...], ())
+        config = {**config, "pos_att_type": _attended(kinds)}
+        names = {"classifier_dropout": ("cls_dropout",)}
+        return cls(**read_config(cls, config, served=served, names=names))
 
     @property
     def max_length(self) -> int:
@@ -129,13 +137,13 @@ class DebertaConfig:
         return self.relative_attention and kind in self.pos_att_type
 
 
-def _attended(kinds: str | list[str] | tuple[str, ...]) -> tuple[str, ...]:
+def _attended(kinds: str | tuple[str, ...]) -> tuple[str, ...]:
     """`pos_att_type`, which is a list or like `p2c|c2p`, in one spelling."""
     if isinstance(kinds, str):
-        kinds = [kind.strip() for kind in kinds.lower().split("|") if kind.strip()]
+        kinds = tuple(kind.strip() for kind in kinds.lower().split("|") if kind.strip())
     if unknown := [kind for kind in kinds if kind not in _ATTENDED]:
         raise LoraxError(
-            f"config.json: pos_att_type={unknown[0]!r} is not one of: {', '.join(_ATTENDED)}"
+            f"config.json: pos_att_type={brief(unknown[0])} is not one of: {', '.join(_ATTENDED)}"
         )
     return tuple(kind for kind in _ATTENDED if kind in kinds)
 
@@ -315,7 +323,8 @@ class Encoder(encoder.Encoder):
         del ids_BxT
         if not any(map(self.config.uses, _ATTENDED)):
             return None
-        table_1xRxD = self.relative.embedding[...][None].astype(jnp.float32)
+        rows_1xR = jnp.arange(2 * self.config.span)[None]
+        table_1xRxD = self.relative(rows_1xR).astype(jnp.float32)  # called, as it may be adapted
         if self.config.norm_rel_ebd == "layer_norm":
             table_1xRxD = self.relative_norm(table_1xRxD)
         return Relative(table_1xRxD, relative_rows(self.config, positions_BxT))

@@ -1,6 +1,6 @@
 """Every family that is served, by Hugging Face's `model_type`."""
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief
 from lorax.models import bert, deberta, gpt2, llama, mpnet
 from lorax.models.family import Family
 
@@ -21,8 +21,8 @@ def family_of(model_type: str) -> Family:
     Raises:
       LoraxError: it is not served.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise LoraxError(
-            f"config.json: model_type={model_type!r} is not one of: {', '.join(FAMILIES)}"
+            f"config.json: model_type={brief(model_type)} is not one of: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]

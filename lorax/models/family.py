@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief
+from lorax.models.options import check_option
 
 
 @dataclass(frozen=True)
@@ -78,35 +79,45 @@ def read_config(
     config: Mapping[str, Any],
     *,
     served: Mapping[str, tuple[Any, ...]],
-    names: Mapping[str, str] | None = None,
+    names: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Any]:
     """The fields of a config's dataclass out of a Hugging Face `config.json`.
 
     Args:
-      cls: the dataclass; its fields are named as in `config.json`.
+      cls: the dataclass; its fields are named as in `config.json`, and their annotations say which
+        values they may have (`lorax.models.options`).
       config: the dict of `config.json`; a null is an absence.
       served: options that change the computation, and the values served, the default first.
-      names: field to its name in `config.json`, where that is another.
+      names: field to its names in `config.json`, where these are others: of several that are given,
+        the first counts. An empty tuple: it is not read.
 
     Raises:
-      LoraxError: an option with a value that is not served, or a size that is absent.
+      LoraxError: an option with a value that is not served, of the wrong type or out of range, or
+        a size that is absent.
     """
     config = {k: v for k, v in config.items() if v is not None}
     for option, values in served.items():
         if (value := config.get(option, values[0])) not in values:
             known = ", ".join(map(str, values))
-            raise LoraxError(f"config.json: {option}={value!r} is not one of: {known}")
-    names = names or {}
-    theirs = {field.name: names.get(field.name, field.name) for field in fields(cls)}
-    needed = [theirs[field.name] for field in fields(cls) if _is_needed(field)]
-    if absent := [name for name in needed if name not in config]:
+            raise LoraxError(f"config.json: {option}={brief(value)} is not one of: {known}")
+    kinds = get_type_hints(cls, include_extras=True)
+    found, absent = {}, []
+    for field in fields(cls):
+        theirs = (names or {}).get(field.name, (field.name,))
+        name = next((name for name in theirs if name in config), None)
+        if name is not None:
+            check_option(name, config[name], kinds[field.name])
+            found[field.name] = config[name]
+        elif _is_needed(field):
+            absent.append(theirs[-1])
+    if absent:
         kind = config.get("model_type", "BERT")
         raise LoraxError(f"config.json: no {', '.join(absent)}; is it a {kind}?")
-    return {field: config[name] for field, name in theirs.items() if name in config}
+    return found
 
 
-def check_heads(config: Any) -> None:
-    """Refuses a width that does not go into heads.
+def check_sizes(config: Any) -> None:
+    """Refuses sizes that do not fit together.
 
     Raises:
       LoraxError: naming both.
@@ -114,6 +125,11 @@ def check_heads(config: Any) -> None:
     width, heads = config.hidden_size, config.num_attention_heads
     if width % heads:
         raise LoraxError(f"hidden_size={width} is no multiple of num_attention_heads={heads}")
+    if (pad := getattr(config, "pad_token_id", 0)) >= config.vocab_size:
+        raise LoraxError(f"pad_token_id={pad} is not below vocab_size={config.vocab_size}")
+    if config.max_length < 1:
+        positions = config.max_position_embeddings
+        raise LoraxError(f"max_position_embeddings={positions} leaves no position for a token")
 
 
 def _is_needed(field: Any) -> bool:

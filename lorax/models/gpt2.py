@@ -14,9 +14,10 @@ from flax import nnx
 
 from lorax.models import decoder
 from lorax.models.causal import KVCache, Past, attend_to_past
-from lorax.models.family import Family, Rule, check_heads, read_config
+from lorax.models.family import Family, Rule, check_sizes, read_config
 from lorax.models.functions import ACTIVATIONS, dropout
 from lorax.models.layers import Maker, check_length, split_heads
+from lorax.models.options import Epsilon, Layers, Length, Rate, Size
 
 # Options of a Hugging Face config that change the computation, and the values served here.
 _SERVED: dict[str, tuple[Any, ...]] = {
@@ -24,13 +25,14 @@ _SERVED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "is_decoder": (False, True),
 }
+# GPT-2's names; of four sizes BERT's are taken, too, and go before, as in transformers.
 _NAMES = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-    "max_position_embeddings": "n_positions",
-    "hidden_act": "activation_function",
+    "hidden_size": ("hidden_size", "n_embd"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "intermediate_size": ("n_inner",),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions"),
+    "hidden_act": ("activation_function",),
 }
 
 
@@ -48,24 +50,24 @@ class Gpt2Config:
       scale_attn_by_inverse_layer_idx: and by the layer's number, from 1.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
+    vocab_size: Length
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
     model_type: str = "gpt2"
-    intermediate_size: int = 0
-    max_position_embeddings: int = 1024
+    intermediate_size: Size = 0
+    max_position_embeddings: Length = 1024
     hidden_act: str = "gelu_new"
-    layer_norm_epsilon: float = 1e-5
-    embd_pdrop: float = 0.1
-    attn_pdrop: float = 0.1
-    resid_pdrop: float = 0.1
+    layer_norm_epsilon: Epsilon = 1e-5
+    embd_pdrop: Rate = 0.1
+    attn_pdrop: Rate = 0.1
+    resid_pdrop: Rate = 0.1
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        check_heads(self)
+        check_sizes(self)
         if not self.intermediate_size:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
 

@@ -1,5 +1,6 @@
 """Where a base model comes from: a local folder or the Hugging Face hub, and its safetensors."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief, one_line, refuse
 from lorax.models.stored import StoredTensor, stored_tensors
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+Version = tuple[tuple[str, int], ...]
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -33,18 +35,30 @@ def resolve_source(source: str, revision: str | None = None, *, weights: bool = 
       LoraxError: neither a folder nor a repository that could be downloaded.
     """
     for folder in _candidates(source):
-        if source and folder.is_dir():
+        if source and _is_folder(folder):
             return folder
-    if source.startswith("assets/"):
-        name = source.split("/")[1]
-        raise LoraxError(f"{source} is not there yet: run `python scripts/fetch_assets.py {name}`")
+    if asset := re.fullmatch(r"assets/([\w.-]{1,96})(/.*)?", source):
+        raise LoraxError(
+            f"{one_line(source)} is not there yet: run `python scripts/fetch_assets.py {asset[1]}`"
+        )
     if not is_repository_id(source):
-        raise LoraxError(f"model.source={source!r} is no folder, and no repository id of the hub")
+        raise LoraxError(
+            f"model.source={brief(source)} is no folder, and no repository id of the hub"
+        )
     return _download(source, revision, [*_PATTERNS, "*.safetensors"] if weights else _PATTERNS)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, a folder that may not be read
+        return False
+
+
 def _candidates(source: str) -> list[Path]:
-    given = Path(source).expanduser()
+    given = Path(source)
+    with contextlib.suppress(RuntimeError):  # `~name` of a user that does not exist
+        given = given.expanduser()
     folders = [given, _ROOT / given]
     if assets := os.environ.get("LORAX_ASSETS"):
         folders += [Path(assets) / source.removeprefix("assets/"), Path(assets) / source]
@@ -58,7 +72,7 @@ def local_folder(source: str) -> Path | None:
 
 def is_repository_id(source: str) -> bool:
     """Whether it has the form of a repository id of the hub."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is not None
+    return re.fullmatch(r"[\w-][\w.-]{,95}(/[\w.-]{1,96})?", source) is not None
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -94,8 +108,10 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LoraxError(f"{path.parent} has no {path.name}") from None
+    except RecursionError:
+        raise LoraxError(f"{path} is not readable JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
-        raise LoraxError(f"{path} is not readable JSON: {error}") from error
+        raise LoraxError(f"{path} is not readable JSON: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise LoraxError(f"{path} should hold a JSON object, not a {type(content).__name__}")
     return content
@@ -115,34 +131,57 @@ def load_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
 
 def open_checkpoint(path: str | Path) -> dict[str, StoredTensor]:
     """As `load_checkpoint`, of the files' headers alone: tensors that are read when indexed."""
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(Path(path)):
-        tensors.update(stored_tensors(file))
-    return tensors
-
-
-def _weight_files(path: Path) -> list[Path]:
+    path = Path(path)
     if path.suffix == ".bin":
         raise _pickle_refused(path)
     if path.is_file():
-        return [path]
+        return stored_tensors(path)
     if (path / _WEIGHTS).is_file():
-        return [path / _WEIGHTS]
+        return stored_tensors(path / _WEIGHTS)
     if (path / _INDEX).is_file():
-        return _shards(path / _INDEX)
+        return _sharded_tensors(path / _INDEX)
     if pickles := sorted(path.glob("pytorch_model*.bin")):
         raise _pickle_refused(pickles[0])
     raise LoraxError(f"{path} has no {_WEIGHTS} (nor {_INDEX})")
 
 
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise LoraxError(f"{index} has no weight_map: download it again")
-    shards = [index.parent / name for name in sorted(set(weight_map.values()))]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise LoraxError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")
-    return shards
+def _sharded_tensors(index: Path) -> dict[str, StoredTensor]:
+    """The tensors of all shards; of one that stands in several, that of the index's shard."""
+    homes = _weight_map(index)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted({*homes.values()}):
+        for name, tensor in stored_tensors(index.parent / shard).items():
+            if name in tensors and name not in homes:
+                other = tensors[name].file.name
+                raise LoraxError(
+                    f"{index.parent}: {one_line(name)} stands in {other} and in {shard}: say in "
+                    f"the weight_map of {index.name} which one counts"
+                )
+            if homes.get(name, shard) == shard:
+                tensors[name] = tensor
+    missing = [f"{shard} lacks {name}" for name, shard in homes.items() if name not in tensors]
+    refuse(f"{index} does not fit its shards, download them again", missing)
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The shard of each tensor, all of them files beside the index."""
+    homes = read_json(index).get("weight_map")
+    if not isinstance(homes, dict) or not all(isinstance(x, str) for x in homes.values()):
+        raise LoraxError(f"{index} has no weight_map of file names: download it again")
+    shards = sorted({*homes.values()})
+    if outside := [name for name in shards if Path(name).name != name or len(name) > 255]:
+        raise LoraxError(f"{index}: the shard {brief(outside[0])} is not a file of the same folder")
+    if missing := [shard for shard in shards if not (index.parent / shard).is_file()]:
+        named = one_line(", ".join(missing))
+        raise LoraxError(f"{index.parent} lacks {named}, which {index.name} names")
+    return homes
+
+
+def version_of(folder: Path) -> Version:
+    """The config and weights in a folder, with the times of their last changes."""
+    files = (file for pattern in ("config.json", "*.safetensors*") for file in folder.glob(pattern))
+    return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(files))
 
 
 def _pickle_refused(path: Path) -> LoraxError:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief
 from lorax.models import decoder
 from lorax.models.causal import Past, attend_to_past
-from lorax.models.family import Family, Rule, check_heads, read_config
+from lorax.models.family import Family, Rule, check_sizes, read_config
 from lorax.models.functions import ACTIVATIONS
 from lorax.models.layers import Maker, split_heads
+from lorax.models.options import Count, Epsilon, Layers, Length, Rate, Size, read_option
 from lorax.models.rope import Rope, Rotation, rotate
 
 # Options of a Hugging Face config that change the computation, and the values served here.
@@ -27,7 +28,7 @@ _SERVED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0,),
     "rope_interleaved": (False,),
 }
-_NAMES = {"rope": "", "windows": ""}  # read apart
+_NAMES: dict[str, tuple[str, ...]] = {"rope": (), "windows": ()}  # read apart
 # What transformers takes where config.json does not say.
 _KEY_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _POSITIONS = {"mistral": 131072, "qwen2": 32768, "qwen3": 32768}
@@ -53,20 +54,20 @@ class LlamaConfig:
         None: all. Empty: all layers attend to all.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
+    vocab_size: Length
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    intermediate_size: Size
     model_type: str = "llama"
-    max_position_embeddings: int = 2048
-    num_key_value_heads: int = 0
-    head_dim: int = 0
+    max_position_embeddings: Length = 2048
+    num_key_value_heads: Size = 0
+    head_dim: Size = 0
     hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: Epsilon = 1e-6
     attention_bias: bool = False
     mlp_bias: bool = False
-    attention_dropout: float = 0.0
+    attention_dropout: Rate = 0.0
     tie_word_embeddings: bool = False
     rope: Rope = _PLAIN
     windows: tuple[int | None, ...] = ()
@@ -74,7 +75,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         width, heads = self.hidden_size, self.num_attention_heads
         if not self.head_dim:
-            check_heads(self)
+            check_sizes(self)
             object.__setattr__(self, "head_dim", width // heads)
         if not self.num_key_value_heads:
             object.__setattr__(self, "num_key_value_heads", heads)
@@ -96,7 +97,7 @@ class LlamaConfig:
         """
         served = {"model_type": tuple(FAMILIES), **_SERVED}
         if config.get("max_position_embeddings") is None:
-            positions = _POSITIONS.get(config.get("model_type", "llama"), 2048)
+            positions = _POSITIONS.get(str(config.get("model_type")), 2048)
             config = {**config, "max_position_embeddings": positions}
         found = read_config(cls, config, served=served, names=_NAMES)
         kind = found.get("model_type", "llama")
@@ -108,8 +109,8 @@ class LlamaConfig:
             found["num_key_value_heads"] = _KEY_HEADS[kind]
         if "head_dim" not in config and kind == "qwen3":
             found["head_dim"] = _QWEN3_HEAD
-        found |= {"rope": Rope.from_hf(config), "windows": _windows(kind, config)}
-        return cls(**found)
+        windows = _windows(kind, config, found["num_hidden_layers"])
+        return cls(**found, rope=Rope.from_hf(config), windows=windows)
 
     @property
     def max_length(self) -> int:
@@ -117,27 +118,34 @@ class LlamaConfig:
         return self.rope.reach(self.max_position_embeddings)
 
 
-def _windows(kind: str, config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Of each layer, as transformers reads it: a null window is none."""
-    window, layers = config.get("sliding_window", _WINDOWS.get(kind)), config["num_hidden_layers"]
+def _windows(kind: str, config: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
+    """Of each layer, as transformers reads it: `layer_types` go before `max_window_layers`."""
+    types = read_option(config, "layer_types", tuple[str, ...])
+    if types is not None and len(types) != layers:
+        raise LoraxError(
+            f"config.json: layer_types has {len(types)} entries for num_hidden_layers={layers}"
+        )
     if kind == "llama":
         return (None,) * layers
+    window = read_option(config, "sliding_window", Length)
+    if "sliding_window" not in config:  # a null window is none
+        window = _WINDOWS[kind]
     if kind == "mistral":
         return (window,) * layers
-    window = window if config.get("use_sliding_window") else None
-    if given := config.get("layer_types"):
-        return tuple(_window(name, window) for name in given)
-    first = config.get("max_window_layers", _QWEN_FULL_LAYERS)
+    window = window if read_option(config, "use_sliding_window", bool, False) else None
+    if types is not None:
+        return tuple(_window(name, window) for name in types)
+    first = read_option(config, "max_window_layers", Count, _QWEN_FULL_LAYERS)
     return tuple(window if n >= first else None for n in range(layers))
 
 
 def _window(layer_type: str, window: int | None) -> int | None:
-    if layer_type == "full_attention":
+    if layer_type in ("full_attention", "attention"):  # the latter is the older name
         return None
     if layer_type != "sliding_attention" or window is None:
         raise LoraxError(
-            f"config.json: layer_types has {layer_type!r} with a window of {window}; served are "
-            "full_attention, and sliding_attention with a sliding_window"
+            f"config.json: layer_types has {brief(layer_type)} with a window of {window}; served "
+            "are full_attention, and sliding_attention with a sliding_window"
         )
     return window
 

@@ -14,9 +14,10 @@ import numpy as np
 from flax import nnx
 
 from lorax.models import encoder
-from lorax.models.family import Family, Pooler, Rule, check_heads, read_config
+from lorax.models.family import Family, Pooler, Rule, check_sizes, read_config
 from lorax.models.functions import ACTIVATIONS
 from lorax.models.layers import Maker
+from lorax.models.options import Count, Epsilon, Layers, Length, Rate, Size
 from lorax.models.reading import FirstTokens
 
 _PADDING = 1  # in transformers too, whatever its config says
@@ -40,25 +41,25 @@ class MPNetConfig:
       classifier_dropout: rate before the output layer; None means `hidden_dropout_prob`.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
+    vocab_size: Length
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Size
+    intermediate_size: Size
     model_type: str = "mpnet"
     hidden_act: str = "gelu"
-    max_position_embeddings: int = 512
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int = _PADDING
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    classifier_dropout: float | None = None
+    max_position_embeddings: Length = 512
+    layer_norm_eps: Epsilon = 1e-12
+    pad_token_id: Count = _PADDING
+    hidden_dropout_prob: Rate = 0.1
+    attention_probs_dropout_prob: Rate = 0.1
+    classifier_dropout: Rate | None = None
     # What `Embeddings` asks, and MPNet has none of.
     embedding_size: ClassVar[None] = None
     type_vocab_size: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        check_heads(self)
+        check_sizes(self)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "MPNetConfig":
@@ -68,8 +69,8 @@ class MPNetConfig:
           LoraxError: an option that changes the computation and is not served here, or a size
             that is absent.
         """
-        found = read_config(cls, config, served=_SERVED)
-        return cls(**(found | {"classifier_dropout": None}))  # theirs has no such option
+        names: dict[str, tuple[str, ...]] = {"classifier_dropout": ()}  # theirs has no such option
+        return cls(**read_config(cls, config, served=_SERVED, names=names))
 
     @property
     def first_position(self) -> int:

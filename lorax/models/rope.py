@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, brief
+from lorax.models.options import Factor, Length, Positive, read_option
 from lorax.models.rope_frequencies import FREQUENCIES, dynamic, longrope
 
 Rotation = tuple[jax.Array, jax.Array]
@@ -27,17 +28,30 @@ _KINDS: dict[str, dict[str, str]] = {
     "longrope": {"short": "short_factor", "long": "long_factor"},
 }
 _BY_LENGTH = ("dynamic", "longrope")
-_LISTS = {"short_factor", "long_factor"}
-_NUMBERS = {
-    "rope_theta",
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_slow",
-    "beta_fast",
-    "attention_factor",
-    "original_max_position_embeddings",
-    "max_position_embeddings",
+# What config.json may say, beside rope_parameters and in them.
+_BESIDE: dict[str, Any] = {
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+    "rope_theta": Positive,
+    "original_max_position_embeddings": Length,
+    "max_position_embeddings": Length,
+}
+_INSIDE: dict[str, Any] = {
+    "rope_type": str,
+    "type": str,
+    "rope_theta": Positive,
+    "factor": Positive,
+    "low_freq_factor": Positive,
+    "high_freq_factor": Positive,
+    "beta_slow": Positive,
+    "beta_fast": Positive,
+    "attention_factor": Positive,
+    "mscale": Factor,
+    "mscale_all_dim": Factor,
+    "truncate": bool,
+    "short_factor": tuple[Positive, ...],
+    "long_factor": tuple[Positive, ...],
+    "original_max_position_embeddings": Length,
 }
 
 
@@ -79,19 +93,28 @@ class Rope:
     def from_hf(cls, config: Mapping[str, Any]) -> "Rope":
         """Reads `rope_parameters`, or `rope_scaling` and `rope_theta` of before transformers 5.
 
+        Where both are given, the reference's precedence holds: a `rope_scaling` that is not empty
+        replaces `rope_parameters` as a whole, `rope_type` goes before `type`, a `rope_theta` inside
+        before one outside, and an `original_max_position_embeddings` outside before one inside.
+
         Raises:
-          LoraxError: a kind that is not served, or one without its numbers.
+          LoraxError: a kind that is not served, one without its numbers, or a value of the wrong
+            type or out of range.
         """
-        config = _checked(config)
-        given = _checked(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        config = _checked(config, _BESIDE)
+        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        given = _checked(given, _INSIDE)
         kind = given.get("rope_type", given.get("type", "default"))
         if kind not in _KINDS or any(isinstance(value, dict) for value in given.values()):
             kind = kind if kind not in _KINDS else "one for each kind of layer"
-            raise LoraxError(f"config.json: rope_type={kind!r} is not one of: {', '.join(_KINDS)}")
-        if given.get("partial_rotary_factor") not in (None, 1.0):
-            share = given["partial_rotary_factor"]
+            known = ", ".join(_KINDS)
+            raise LoraxError(f"config.json: rope_type={brief(kind)} is not one of: {known}")
+        if (share := given.get("partial_rotary_factor", 1.0)) != 1:
+            share = brief(share)
             raise LoraxError(f"config.json: partial_rotary_factor={share} is not one of: 1.0")
         theta = float(given.get("rope_theta", config.get("rope_theta", cls.theta)))
+        if kind == "yarn" and theta <= 1:
+            raise LoraxError(f"config.json: rope_theta={theta} is not above 1, as yarn needs it")
         needed = _KINDS[kind]
         if absent := [name for name in needed.values() if name not in given]:
             raise LoraxError(f"config.json: rope_type={kind!r} without {', '.join(absent)}")
@@ -175,25 +198,10 @@ class Rope:
                 )
 
 
-def _checked(given: Any) -> dict[str, Any]:
-    """Rotary options without nulls, their numbers finite and above zero, lists as tuples."""
-    if not isinstance(given, Mapping):
-        raise LoraxError(f"config.json: rope_scaling={given!r} is not a dict")
+def _checked(given: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without nulls, those of `kinds` checked, lists as tuples."""
     found = {name: value for name, value in given.items() if value is not None}
-    for name in _LISTS & found.keys():
-        values = found[name]
-        if not isinstance(values, list | tuple) or not all(map(_is_positive, values)):
-            raise LoraxError(f"config.json: {name}={values!r} is not a list of positive numbers")
-        found[name] = tuple(map(float, values))
-    for name in _NUMBERS & found.keys():
-        if not _is_positive(found[name]):
-            raise LoraxError(f"config.json: {name}={found[name]!r} is not a positive number")
-    return found
-
-
-def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf
+    return found | {name: read_option(found, name, kinds[name]) for name in kinds.keys() & found}
 
 
 def _lengths(positions_BxT: jax.Array, sequences_BxT: jax.Array) -> jax.Array:

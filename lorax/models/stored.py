@@ -6,9 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from lorax.errors import LoraxError
+from lorax.errors import LoraxError, one_line
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+FLOATS = tuple(_DTYPES.values())  # that weights are read from
+_DTYPES |= {
+    "BOOL": np.dtype(np.bool_),
+    **{f"I{n}": np.dtype(f"int{n}") for n in (8, 16, 32, 64)},
+    **{f"U{n}": np.dtype(f"uint{n}") for n in (8, 16, 32, 64)},
+}
 
 
 @dataclass(frozen=True)
@@ -19,14 +33,26 @@ class StoredTensor:
       file: safetensors.
       name: in the file.
       shape: as the file's header says.
+      dtype: of NumPy; the name that safetensors has for one that NumPy lacks, as `F8_E4M3`.
     """
 
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: np.dtype | str
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Reads what the slices select, in the dtype of the file; `...` is the whole."""
+        """Reads what the slices select, in the dtype of the file; `...` is the whole.
+
+        Raises:
+          LoraxError: a damaged file, or a dtype that NumPy lacks.
+        """
+        if isinstance(self.dtype, str):
+            known = ", ".join(map(str, FLOATS))
+            raise LoraxError(
+                f"{self.file}: {one_line(self.name)} is stored as {self.dtype}, not in one of "
+                f"{known}"
+            )
         if index is ... or all(
             s.indices(n) == (0, n, 1) for s, n in zip(index, self.shape, strict=True)
         ):
@@ -44,8 +70,13 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
       LoraxError: a damaged file.
     """
     with _opened(file) as tensors:
-        shapes = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-    return {name: StoredTensor(file, name, tuple(shape)) for name, shape in shapes.items()}
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {
+            name: StoredTensor(
+                file, name, tuple(x.get_shape()), _DTYPES.get(x.get_dtype(), x.get_dtype())
+            )
+            for name, x in slices.items()
+        }
 
 
 @contextlib.contextmanager
@@ -56,4 +87,4 @@ def _opened(file: Path, **options: str) -> Iterator[Any]:
         with safe_open(file, "numpy", **options) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise LoraxError(f"{file} is damaged or no safetensors file: {error}") from error
+        raise LoraxError(f"{file} is damaged or no safetensors file: {one_line(error)}") from error

@@ -1,8 +1,9 @@
 """From a `ModelConfig` to a model with a checkpoint's weights."""
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +13,17 @@ from jax.typing import DTypeLike
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
-from lorax.models.build import abstract_model
+from lorax.models.build import abstract_model, load_config
 from lorax.models.causal_lm import CausalLM
 from lorax.models.classifier import Head
 from lorax.models.convert import find_weights
 from lorax.models.fits import check_fits
-from lorax.models.hub import open_checkpoint, resolve_source
+from lorax.models.hub import Version, open_checkpoint, read_json, resolve_source, version_of
+from lorax.models.labels import output_order
 from lorax.models.place import Shardings, place
 from lorax.models.weight import Weight
+
+log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -27,6 +31,7 @@ def load_model(
     num_outputs: int,
     *,
     key: jax.Array,
+    labels: Sequence[str] | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
     quantized: str | None = None,
@@ -40,15 +45,19 @@ def load_model(
     weight at a time is read, converted and put where it is kept, so that the host never holds the
     checkpoint as a whole. Whether they fit is told before any weight is read, or downloaded.
 
-    A classifier's head is drawn from `key` alone. With pooling `pooler` the checkpoint's pooler,
-    and its output layer where that has `num_outputs` outputs, take the place of what was drawn;
-    the other poolings feed the output layer other features than it was trained on, so theirs is
-    fresh. A causal language model has no head: all its weights are the checkpoint's.
+    A classifier's head is drawn from `key` alone. With pooling `pooler` the checkpoint's pooler
+    takes the place of what was drawn, and so does its output layer where that has the outputs of
+    `labels`; a log line says whether it has. The other poolings feed the output layer other
+    features than it was trained on, so theirs is fresh. A causal language model has no head: all
+    its weights are the checkpoint's.
 
     Args:
       model: which base, pooling, attention and dropout.
       num_outputs: classes, or 1 for a regression, of a `SequenceClassifier`; 0: a `CausalLM`.
       key: draws the fresh head.
+      labels: names of the outputs, in order. The checkpoint's outputs are put into this order by
+        the names in its `id2label`; where these are unknown or others, the output layer is fresh.
+        Empty: the outputs have no names. None: take a layer of `num_outputs` outputs as it is.
       dtype: compute dtype of the base.
       param_dtype: storage of the base's parameters; a head's stay float32.
       quantized: `int8` or `nf4` for the kernels of the base's layers; None: `param_dtype`. For
@@ -68,6 +77,7 @@ def load_model(
     request = _Request(
         tuple(dataclasses.asdict(model).items()),
         num_outputs,
+        None if labels is None else tuple(labels),
         jnp.dtype(dtype),
         jnp.dtype(param_dtype),
         quantized,
@@ -75,10 +85,10 @@ def load_model(
         shardings,
         on_host,
     )
-    version = _version(resolve_source(model.source, model.revision), "config.json")
-    graphdef, config, _ = _architecture(request, version)
-    folder = resolve_source(model.source, model.revision, weights=True)
-    params = _load(request, version, _version(folder, "*.safetensors*"))
+    _architecture(request, version_of(resolve_source(model.source, model.revision)))
+    version = version_of(resolve_source(model.source, model.revision, weights=True))
+    graphdef, config, _ = _architecture(request, version)  # which the weights may have a part in
+    params = _load(request, version)
     if num_outputs:
         head = Head(config, num_outputs, pooling=model.pooling, rngs=nnx.Rngs(params=key))
         params = _flatten({"head": nnx.to_pure_dict(nnx.state(head))}) | params
@@ -103,6 +113,8 @@ def check_checkpoint(model: ModelConfig, num_outputs: int) -> None:
     Raises:
       LoraxError: as `load_model`, save for memory.
     """
+    load_config(model, is_decoder=not num_outputs)  # refused before its weights are downloaded
+    resolve_source(model.source, model.revision, weights=True)
     abstract = abstract_model(model, num_outputs)
     _find(model, abstract.config, _flatten(nnx.to_pure_dict(nnx.state(abstract))))
 
@@ -112,6 +124,7 @@ class _Request(NamedTuple):
 
     model: tuple[tuple[str, Any], ...]
     num_outputs: int
+    labels: tuple[str, ...] | None
     dtype: Any
     param_dtype: Any
     quantized: str | None
@@ -120,17 +133,10 @@ class _Request(NamedTuple):
     on_host: bool
 
 
-Version = tuple[tuple[str, int], ...]  # of files, by their times, so that new ones are read
-
-
-def _version(folder: Path, pattern: str) -> Version:
-    return tuple((str(file), file.stat().st_mtime_ns) for file in sorted(folder.glob(pattern)))
-
-
 @lru_cache(maxsize=2)
-def _architecture(request: _Request, config: Version) -> tuple[Any, Any, dict[str, Any]]:
+def _architecture(request: _Request, version: Version) -> tuple[Any, Any, dict[str, Any]]:
     """(graph definition, config, parameters' shapes) of a base that fits into the memory."""
-    del config
+    del version  # of the files, so that new ones are read
     model = ModelConfig(**dict(request.model))
     abstract = abstract_model(
         model,
@@ -154,23 +160,23 @@ def _architecture(request: _Request, config: Version) -> tuple[Any, Any, dict[st
 
 
 @lru_cache(maxsize=2)
-def _load(request: _Request, config: Version, weights: Version) -> dict[str, Any]:
+def _load(request: _Request, version: Version) -> dict[str, Any]:
     """The checkpoint's arrays, which all trials share."""
-    del weights
     model = ModelConfig(**dict(request.model))
-    _, architecture, wanted = _architecture(request, config)
-    found = _find(model, architecture, wanted)
-    return {
-        path: place(
-            path,
-            weight,
-            wanted[path].dtype,
-            quantized=request.quantized,
-            shardings=request.shardings,
-            on_host=request.on_host,
-        )
-        for path, weight in found.items()
+    _, config, wanted = _architecture(request, version)
+    found = _with_labels(_find(model, config, wanted), model, request.labels)
+    options: dict[str, Any] = {
+        "quantized": request.quantized,
+        "shardings": request.shardings,
+        "on_host": request.on_host,
     }
+    try:
+        return {
+            path: place(path, weight, wanted[path].dtype, **options)
+            for path, weight in found.items()
+        }
+    except LoraxError as error:
+        raise LoraxError(f"model.source={model.source}: {error}") from None
 
 
 def _find(model: ModelConfig, config: Any, wanted: dict[str, Any]) -> dict[str, Weight]:
@@ -181,6 +187,23 @@ def _find(model: ModelConfig, config: Any, wanted: dict[str, Any]) -> dict[str, 
         return find_weights(tensors, wanted, config.model_type, load_head=load_head)
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
+
+
+def _with_labels(
+    found: dict[str, Weight], model: ModelConfig, labels: tuple[str, ...] | None
+) -> dict[str, Weight]:
+    """The weights with the output layer in the order of the labels, or without that layer."""
+    if labels is None or model.pooling != "pooler":
+        return found
+    layer = {path: weight for path, weight in found.items() if path.startswith("head.out.")}
+    config = read_json(resolve_source(model.source, model.revision) / "config.json")
+    order = output_order(config, labels)
+    if layer and order:
+        log.info("model.source=%s: its output layer is used, matched by label names", model.source)
+        return found | {path: dataclasses.replace(w, order=order) for path, w in layer.items()}
+    reason = "its label names are not the task's" if layer else "it has none of this size"
+    log.info("model.source=%s: the output layer starts fresh, as %s", model.source, reason)
+    return {path: weight for path, weight in found.items() if path not in layer}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

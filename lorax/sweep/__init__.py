@@ -7,6 +7,7 @@ from lorax.sweep.cli import (
     hydra_main,
     own_arguments,
     register,
+    run_command,
 )
 from lorax.sweep.packed import run_packed
 from lorax.sweep.plan_table import show_plan_if_asked
@@ -20,6 +21,7 @@ __all__ = [
     "hydra_main",
     "own_arguments",
     "register",
+    "run_command",
     "run_packed",
     "run_trials",
     "show_plan_if_asked",

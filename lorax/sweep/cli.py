@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,17 +11,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lorax import stop
 from lorax.config import TrialConfig
-from lorax.data import content_of
 from lorax.errors import LoraxError
 from lorax.process import prepare_process
-from lorax.trial_id import trial_id
+from lorax.sweep.faults import flag_fault, one_line
+from lorax.sweep.settings import settings_help
+from lorax.train.content import with_content
+from lorax.trial_id import trial_dir
 
 T = TypeVar("T")
 DOORS: set[int] = set()  # the process that a command started in; workers have none
@@ -30,7 +34,7 @@ SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def config_of(config: DictConfig) -> TrialConfig:
-    """The trial that a composed config describes, resolved and type-checked.
+    """The trial that a composed config describes, resolved, type-checked, its content named.
 
     Raises:
       LoraxError: a missing or ill-typed value.
@@ -44,17 +48,18 @@ def config_of(config: DictConfig) -> TrialConfig:
     except OmegaConfBaseException as fault:
         raise LoraxError(one_line(fault)) from fault
     assert isinstance(trial, TrialConfig)
-    task = trial.task
-    if task.content is None:
-        task.content = content_of(task.name, task.data_dir)
-    return trial
+    return with_content(trial)
 
 
 def register() -> None:
-    """Tell Hydra the schema, and `${trial_id:}`, which names a trial's directory."""
+    """Tell Hydra the schema, `${trial_id:}`, which names a directory, and `${settings_help:}`."""
     ConfigStore.instance().store(name="trial", node=TrialConfig)
     OmegaConf.register_new_resolver(
-        "trial_id", lambda *, _root_: trial_id(config_of(_root_)), replace=True
+        "trial_id", lambda *, _root_: trial_dir(config_of(_root_)).name, replace=True
+    )
+    # Hydra fills in what its help marks by `$`.
+    OmegaConf.register_new_resolver(
+        "settings_help", lambda: settings_help().replace("$", "$$"), replace=True
     )
 
 
@@ -70,7 +75,46 @@ def hydra_main(task: Callable[[TrialConfig], Any], config_name: str) -> None:
         return _run_job(task, config)
 
     application = hydra.main(version_base=None, config_path="pkg://conf", config_name=config_name)
-    at_the_door(application(job))
+
+    def run() -> None:
+        _refuse_unknown_flags(sys.argv[1:])
+        application(job)()
+
+    at_the_door(run)
+
+
+def run_command(main: Callable[[list[str]], Any], about: str | None) -> None:
+    """Run a command that takes overrides, behind `at_the_door`.
+
+    Args:
+      main: gets the command's arguments.
+      about: the command's own help, which `--help` prints before all settings.
+    """
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(f"{(about or '').strip()}\n\n{settings_help()}")
+    else:
+
+        def run() -> None:
+            _refuse_unknown_flags(arguments)
+            main(arguments)
+
+        at_the_door(run)
+
+
+def _refuse_unknown_flags(arguments: Sequence[str]) -> None:
+    """Refuse `--name value` before Hydra does with its usage.
+
+    Raises:
+      LoraxError: a flag that Hydra does not know, with the setting that is meant.
+    """
+    known = get_args_parser()._option_string_actions
+    takes_value = False
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        if not takes_value and word.startswith("-") and word.partition("=")[0] not in known:
+            raise LoraxError(flag_fault(word, following))
+        action = known.get(word)
+        takes_value = action is not None and not takes_value and action.nargs is None
 
 
 def _run_job(task: Callable[[TrialConfig], Any], config: DictConfig) -> Any:
@@ -79,10 +123,26 @@ def _run_job(task: Callable[[TrialConfig], Any], config: DictConfig) -> Any:
     SystemExit, unlike an exception, passes through Hydra without a report of its own. A worker
     may not exit, for the fault goes back to the door by Hydra's JobReturn.
     """
+
+    def run() -> Any:
+        with submission_directory():
+            return task(config_of(config))
+
     if os.getpid() not in DOORS:
         quiet_libraries()
-        return task(config_of(config))
-    return at_the_door(lambda: task(config_of(config)))
+        return run()
+    return at_the_door(run)
+
+
+@contextlib.contextmanager
+def submission_directory() -> Iterator[None]:
+    """Work where the command was given, also with `hydra.job.chdir=true`.
+
+    Relative paths of settings hold there, and a trial's directory is named by them.
+    """
+    place = get_original_cwd() if HydraConfig.initialized() else Path.cwd()
+    with contextlib.chdir(place):
+        yield
 
 
 def at_the_door(call: Callable[[], T]) -> T:
@@ -153,9 +213,8 @@ def compose_trial(
             raise LoraxError(f"{word}: this command sets {name} itself; leave it out")
     with hydra.initialize_config_module("conf", version_base=None):
         trial = config_of(hydra.compose("finetune", [f"experiment={experiment}", *overrides]))
-    path = str(data_dir.resolve())
-    task = replace(trial.task, data_dir=path, content=content_of(trial.task.name, path))
-    return replace(trial, task=task)
+    task = replace(trial.task, data_dir=str(data_dir.resolve()), content=None)
+    return with_content(replace(trial, task=task))
 
 
 def quiet_libraries() -> None:
@@ -183,79 +242,6 @@ def _report(fault: Exception) -> int:
         fault = cause
     print(f"error: {one_line(fault)}", file=sys.stderr)
     return 2
-
-
-def one_line(fault: Exception) -> str:
-    """A fault of Hydra or OmegaConf as one line, with the keys that would be right."""
-    if isinstance(fault, LoraxError):
-        return str(fault)
-    if isinstance(fault, OSError) and not isinstance(fault, HydraException):  # Hydra's own writes
-        return f"cannot write {fault.filename or 'the output'}: {fault.strerror or fault}"
-    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
-    text = lines[0] if lines else type(fault).__name__
-    key = getattr(fault, "full_key", None)
-    unknown = re.match(r"Key '(.+)' (?:is not in struct|not in '.+')", text)
-    if unknown:
-        return _unknown_key(key or unknown.group(1))
-    text = text.rstrip(".")
-    for pattern, remedy in REMEDIES.items():
-        text = re.sub(pattern, remedy, text)
-    if override := getattr(fault, "override", None):  # one that does not parse
-        return f"{override}: {_parse_error(lines)}"
-    if key and key not in text:
-        text = f"{key}: {text}"
-    if options := _available(lines):
-        return f"{text}; there are {', '.join(options)}"
-    return text
-
-
-# What Hydra says without a remedy, in few words, and what helps.
-REMEDIES = {
-    r"^(Ambiguous value for argument .*)$": r"\1: a sweep over it needs -m",
-    r"^.*Could not load 'hydra/sweeper/optuna'$": (
-        "hydra/sweeper=lorax_optuna needs an extra: pip install -c constraints.txt -e '.[optuna]'"
-    ),
-}
-
-
-def _parse_error(lines: list[str]) -> str:
-    """What Hydra's message says besides the override itself and a link."""
-    said = [line for line in lines if not line.startswith(("Error parsing override", "See http"))]
-    return said[0] if said else "not a setting and its value"
-
-
-def _available(lines: list[str]) -> list[str]:
-    """Hydra's list of a group's options, which ends where its search path begins."""
-    heads = [n for n, line in enumerate(lines) if line.startswith("Available options")]
-    if not heads:
-        return []
-    return list(itertools.takewhile(lambda line: not line.endswith(":"), lines[heads[0] + 1 :]))
-
-
-def _unknown_key(key: str) -> str:
-    import difflib
-
-    if key.startswith("hydra."):
-        part = key.rpartition(".")[0]
-        return f"{key!r} is not a setting; to see those there are: --cfg hydra -p {part}"
-    known = _known_keys()
-    if any(key.startswith(f"{name}.") for name in known):
-        return f"{key!r} is not there yet; to add an entry: +{key}=..."
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    group = key.rpartition(".")[0]
-    siblings = [name for name in known if name.rpartition(".")[0] == group]
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(siblings or known)}"
-    return f"{key!r} is not a setting; {hint}"
-
-
-def _known_keys() -> list[str]:
-    def walk(node: Any, prefix: str) -> list[str]:
-        if isinstance(node, dict) and node:
-            return [key for name in node for key in walk(node[name], f"{prefix}{name}.")]
-        return [prefix.rstrip(".")]
-
-    plain = OmegaConf.to_container(OmegaConf.structured(TrialConfig))
-    return walk(plain, "")
 
 
 register()  # at import, so that a launcher's worker processes know both, too

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorax.config import TrialConfig
+from lorax.effective import effective
 from lorax.trial_id import trial_id
 
 FREE = frozenset({"pad_rank", "early_stopping", "log_every", "keep_checkpoints"})
@@ -20,12 +21,14 @@ def program_settings(trial: TrialConfig) -> Settings:
     are data, and not among them.
     """
     settings: Settings = {"output_dir": trial.output_dir, "sweep.name": trial.sweep.name}
-    settings |= {
-        f"{part}.{name}": value
-        for part in ("task", "model", "train")
-        for name, value in dataclasses.asdict(getattr(trial, part)).items()
-        if name not in FREE
-    }
+    settings |= effective(
+        {
+            f"{part}.{name}": value
+            for part in ("task", "model", "train")
+            for name, value in dataclasses.asdict(getattr(trial, part)).items()
+            if name not in FREE
+        }
+    )
     if trial.train.mode == "lora":
         settings["lora.dropout"] = float(trial.lora.dropout)
     if trial.train.mode == "full":  # nothing is frozen, so there is nothing to share

@@ -21,8 +21,10 @@ from lorax.errors import LoraxError
 from lorax.process import prepare_process
 from lorax.sweep.cli import quiet_libraries
 from lorax.sweep.groups import group_for_jobs
-from lorax.sweep.pack import ended_result, is_open
+from lorax.sweep.pack import ended_result, is_open, left_out, without_damaged
 from lorax.sweep.packed import checked, run_packed, track_ends
+from lorax.sweep.words import counted
+from lorax.train.provenance import command_line, set_command_line
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
@@ -40,10 +42,12 @@ class Job:
     Attributes:
       trials: those that can share a program; see `group_for_jobs`.
       directory: where it was submitted; relative paths of a trial hold there.
+      command: that submitted it, for the results.
     """
 
     trials: list[TrialConfig]
     directory: str = field(default_factory=lambda: str(Path.cwd()))
+    command: str = field(default_factory=command_line)
 
     def __call__(self) -> list[Result]:
         """Train the trials.
@@ -55,6 +59,7 @@ class Job:
         prepare_process()
         try:
             os.chdir(self.directory)
+            set_command_line(self.command)
             with stop.in_a_job():
                 return run_packed(self.trials)
         except Exception as fault:
@@ -97,13 +102,13 @@ def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | Lor
 
     Returns:
       A result for each trial, in order; for those that a failed job has left open, a fault that
-      counts them.
+      counts them; for those whose results are damaged, a fault that names the first.
 
     Raises:
       LoraxError: a trial that cannot run, before anything is submitted; or the submission failed.
     """
     _leave_accelerators_alone()
-    unique = checked(trials, devices_are_here=False)
+    unique, damaged = without_damaged(checked(trials, devices_are_here=False))
     track_ends(unique)
     jobs = [Job([unique[n] for n in group]) for group in group_for_jobs(unique)]
     # Whole groups: a pack that was cut short goes on with its ended trials in their lanes.
@@ -115,7 +120,9 @@ def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | Lor
         f"{len(failed)} of {counted(len(jobs), 'job')} failed and left {counted(left, 'trial')}; "
         "the same command goes on with them"
     )
-    return [ended[trial_dir(trial)] or fault for trial in trials]
+    faults = dict.fromkeys(damaged, left_out(damaged)) if damaged else {}
+    places = map(trial_dir, trials)
+    return [faults.get(place) or ended.get(place) or fault for place in places]
 
 
 def _leave_accelerators_alone() -> None:
@@ -148,15 +155,6 @@ def _wait(jobs: Sequence[Job], submit: Submit) -> tuple[dict[Path, Result], list
                 log.info("%s: ended (%s)", name, outcome.place)
             bar.update(len(jobs[n].trials))
     return results, failed
-
-
-def counted(n: int, noun: str) -> str:
-    """A number and its noun.
-
-    >>> counted(1, "job"), counted(2, "job")
-    ('1 job', '2 jobs')
-    """
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def _open_log() -> None:

@@ -8,9 +8,11 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.sweep.cli import config_of
+from lorax.sweep.cli import config_of, submission_directory
+from lorax.sweep.closing import log_closing
 from lorax.sweep.jobs import Submit, run_jobs
-from lorax.sweep.packed import run_packed
+from lorax.sweep.pack import left_out, without_damaged
+from lorax.sweep.packed import run_sound
 from lorax.sweep.plan_table import show_plan_if_asked
 from lorax.sweep.serial import check_trials, objective, refuse_halving, summary_line, sweep_bar
 from lorax.trial_id import trial_dir
@@ -34,6 +36,9 @@ def launch(
       job_overrides: what each job overrides.
       initial_job_idx: number of the first job.
 
+    Returns:
+      Hydra's returns; that of a trial whose result on disk is damaged raises its fault.
+
     Raises:
       LoraxError: a trial that cannot run; nothing has been trained then.
     """
@@ -41,38 +46,62 @@ def launch(
     show_plan_if_asked(trials)
     refuse_halving(trials)
     check_trials(trials)
+    _, damaged = without_damaged(trials)
     returns: list[JobReturn] = []
     with sweep_bar(job_overrides) as bar:
         for n, overrides in enumerate(bar):
-            returns += run([overrides], initial_job_idx + n)
+            if trial_dir(trials[n]) in damaged:
+                returns.append(_failed(left_out(damaged)))
+            else:
+                returns += run([overrides], initial_job_idx + n)
+    log_closing(trials)
     return returns
 
 
-def launch_packed(
-    compose: Compose, job_overrides: Sequence[Sequence[str]]
-) -> Callable[[Any], float]:
+class Ended:
+    """A task function for Hydra's own jobs after the training: it gives each trial's objective.
+
+    It raises the fault of a trial that has no result.
+    """
+
+    def __init__(
+        self, trials: Sequence[TrialConfig], ended: Sequence[dict[str, Any] | LoraxError]
+    ) -> None:
+        self.trials = trials
+        self.results = dict(zip(map(trial_dir, trials), ended, strict=True))
+
+    def __call__(self, config: Any) -> float:
+        """The objective of the trial that a config describes."""
+        with submission_directory():
+            result = self.results[trial_dir(config_of(config))]
+        if isinstance(result, LoraxError):
+            raise result
+        log.info(summary_line(result))
+        return objective(result)
+
+    def close(self, returns: Sequence[JobReturn]) -> list[JobReturn]:
+        """Log the closing lines; Hydra's returns, those that failed as `FailedTrial`."""
+        log_closing(self.trials)
+        return with_quiet_faults(returns)
+
+
+def launch_packed(compose: Compose, job_overrides: Sequence[Sequence[str]]) -> Ended:
     """Train all of a sweep's trials in packs.
 
     Args:
       compose: from a job's overrides to its config.
       job_overrides: what each job overrides.
 
-    Returns:
-      A task function for Hydra's own jobs, which leaves the training out: it gives each trial's
-      result.
-
     Raises:
-      LoraxError: see `run_packed`.
+      LoraxError: see `run_packed`; a damaged result is raised by the task function.
       SystemExit: after a plan has been printed.
     """
     trials = [config_of(compose(overrides)) for overrides in job_overrides]
     show_plan_if_asked(trials)
-    return _recall_of(trials, run_packed(trials))
+    return Ended(trials, run_sound(trials))
 
 
-def launch_jobs(
-    compose: Compose, submit: Submit, job_overrides: Sequence[Sequence[str]]
-) -> Callable[[Any], float]:
+def launch_jobs(compose: Compose, submit: Submit, job_overrides: Sequence[Sequence[str]]) -> Ended:
     """As `launch_packed`, with the training in a cluster's jobs, which `submit` starts.
 
     The task function raises a LoraxError for a trial that a failed job has left open.
@@ -83,22 +112,7 @@ def launch_jobs(
             "sweep.plan=true plans for the devices of this machine: give it on one of the "
             "cluster's, with hydra/launcher=packed"
         )
-    return _recall_of(trials, run_jobs(trials, submit))
-
-
-def _recall_of(
-    trials: Sequence[TrialConfig], ended: Sequence[dict[str, Any] | LoraxError]
-) -> Callable[[Any], float]:
-    results = dict(zip(map(trial_dir, trials), ended, strict=True))
-
-    def recall(config: Any) -> float:
-        result = results[trial_dir(config_of(config))]
-        if isinstance(result, LoraxError):
-            raise result
-        log.info(summary_line(result))
-        return objective(result)
-
-    return recall
+    return Ended(trials, run_jobs(trials, submit))
 
 
 class FailedTrial(JobReturn):
@@ -117,3 +131,7 @@ class FailedTrial(JobReturn):
 def with_quiet_faults(returns: Sequence[JobReturn]) -> list[JobReturn]:
     """Hydra's returns, those that failed as `FailedTrial`."""
     return [FailedTrial(**vars(r)) if r.status is JobStatus.FAILED else r for r in returns]
+
+
+def _failed(fault: LoraxError) -> JobReturn:
+    return FailedTrial(status=JobStatus.FAILED, _return_value=fault)

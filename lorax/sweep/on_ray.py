@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorax.errors import LoraxError
-from lorax.sweep.jobs import Job, JobFailed, Outcome, Result, counted, log
+from lorax.sweep.jobs import Job, JobFailed, Outcome, Result, log
+from lorax.sweep.words import counted
 
 CONNECT_SECONDS = 10
 REFUSALS = (ConnectionError, RuntimeError, TypeError, ValueError)

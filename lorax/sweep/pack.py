@@ -1,23 +1,30 @@
 """A pack: trials that share one program, and what the disk knows of it."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lorax.checkpoint import write_json
 from lorax.config import TrialConfig
+from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
+from lorax.sweep.words import counted
 from lorax.train.restore import CHECKPOINTS, pointed_to
-from lorax.train.results import finished_result, read_result
-from lorax.trial_id import sweep_dir, trial_dir, trial_id
+from lorax.train.results import CUT, finished_result, read_result
+from lorax.trial_id import sweep_dir, trial_dir
 
+log = logging.getLogger(__name__)
 PACKS = "packs"
-RECORD = {"trials", "tokens_at_once", "lanes", "predicted"}
+RECORD = {"trials": list, "tokens_at_once": int, "lanes": int | None, "predicted": dict}
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,8 @@ class Pack:
 
     @property
     def ids(self) -> list[str]:
-        """The trials' ids, in order."""
-        return [trial_id(trial) for trial in self.trials]
+        """The names of the trials' directories, in order."""
+        return [trial_dir(trial).name for trial in self.trials]
 
     @property
     def name(self) -> str:
@@ -71,18 +78,62 @@ def write_record(pack: Pack, **more: Any) -> None:
     write_json(pack.directory / "pack.json", record)
 
 
+def record_plan(packs: Sequence[Pack], trials: Sequence[TrialConfig]) -> None:
+    """Note packs before the first of them trains, so that a kill leaves the plan of the rest.
+
+    An earlier plan for the same trials is closed: two plans must not hold one trial. The caller
+    holds the lock of the folder of packs.
+
+    Args:
+      packs: the plan.
+      trials: of the whole sweep.
+    """
+    names = {name for pack in packs for name in pack.ids}
+    for folder in _folders(trials):
+        record = read_record(folder)
+        if record and is_planned(record) and names & set(record["trials"]):
+            write_json(folder / "pack.json", {**record, "is_over": True})
+    for pack in packs:
+        write_record(pack, planned_for=planning_of(pack.trials))
+
+
+def planning_of(trials: Sequence[TrialConfig]) -> dict[str, Any]:
+    """What the plan of a pack rests on besides its trials: limits of the sweep, and devices."""
+    sweep = trials[0].sweep
+    return {
+        "max_trials": min(trial.sweep.max_trials for trial in trials),
+        "lanes": sweep.lanes,
+        "memory_limit_gib": sweep.memory_limit_gib,
+        "mesh": dataclasses.asdict(sweep.mesh),
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
 def read_record(directory: Path) -> dict[str, Any] | None:
     """The record of a pack; None without a readable one."""
     try:
         record = json.loads((directory / "pack.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    is_whole = isinstance(record, dict) and record.keys() >= RECORD
+    is_whole = (
+        isinstance(record, dict)
+        and all(name in record and isinstance(record[name], RECORD[name]) for name in RECORD)
+        and all(isinstance(name, str) for name in record["trials"])
+    )
     return record if is_whole else None
 
 
+def is_planned(record: dict[str, Any]) -> bool:
+    """Whether a pack is planned, and its training has not begun."""
+    return "planned_for" in record and not record.get("is_over")
+
+
 def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
-    """The packs on disk that were cut short and whose trials are all asked for again."""
+    """The packs on disk that are to be trained as they were, all of whose trials are asked for.
+
+    These are packs that were cut short, and planned ones of which no trial has ended since, as
+    long as the plan rests on the same limits and devices.
+    """
     asked = {trial_dir(trial): trial for trial in trials}
     packs = []
     for folder in _folders(trials):
@@ -90,22 +141,30 @@ def recorded_packs(trials: Sequence[TrialConfig]) -> list[Pack]:
         if record is None or record.get("is_over"):
             continue
         places = [folder.parents[1] / name for name in record["trials"]]
-        if not asked.keys() >= set(places):
+        if not places or not asked.keys() >= set(places):
             continue
         members = tuple(asked[place] for place in places)
         pack = Pack(members, record["tokens_at_once"], record["lanes"], record["predicted"])
-        if pack.directory == folder and any(is_open(trial) for trial in members):
+        if pack.directory == folder and _goes_on(pack, record):
             packs.append(pack)
     return packs
+
+
+def _goes_on(pack: Pack, record: dict[str, Any]) -> bool:
+    if is_planned(record):
+        is_same = record["planned_for"] == planning_of(pack.trials)
+        return is_same and all(map(is_open, pack.trials))
+    return any(map(is_open, pack.trials))
 
 
 def tidy(trials: Sequence[TrialConfig]) -> None:
     """Close the packs that no trial goes on from; a kill just before a pack's end leaves such."""
     for folder in _folders(trials):
         record = read_record(folder) or {"trials": [], "is_over": True}
-        if record.get("is_over") and not (folder / CHECKPOINTS).is_dir():
-            continue
         members = [folder.parents[1] / name for name in record["trials"]]
+        has_checkpoints = (folder / CHECKPOINTS).is_dir()
+        if not has_checkpoints and (record.get("is_over") or _still_waits(record, members)):
+            continue
         with contextlib.suppress(BusyError), contextlib.ExitStack() as locks:
             for path in (folder, *filter(Path.is_dir, members)):
                 locks.enter_context(locked(path))
@@ -116,19 +175,58 @@ def tidy(trials: Sequence[TrialConfig]) -> None:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
+def _still_waits(record: dict[str, Any], members: Sequence[Path]) -> bool:
+    """Whether a pack is planned by some command that will train its trials."""
+    return is_planned(record) and any(_sound_result(path) is None for path in members)
+
+
 def _is_needed(folder: Path, members: Sequence[Path]) -> bool:
     """Whether a trial goes on from a pack: one without a result, or one cut that has gone on."""
     checkpoints = folder.absolute() / CHECKPOINTS
     return any(
-        path in members if read_result(path) is None else pointed_to(path) == checkpoints
+        path in members if _sound_result(path) is None else pointed_to(path) == checkpoints
         for path in folder.parents[1].iterdir()
-        if finished_result(path) is None
+        if (_sound_result(path) or {"status": CUT})["status"] == CUT
     )
+
+
+def _sound_result(directory: Path) -> dict[str, Any] | None:
+    """As `read_result`; None for a damaged result, too, which is deleted to go on."""
+    try:
+        return read_result(directory)
+    except LoraxError:
+        return None
 
 
 def _folders(trials: Sequence[TrialConfig]) -> list[Path]:
     parents = {sweep_dir(trial) / PACKS for trial in trials}
     return sorted(path for parent in parents for path in parent.glob("*") if path.is_dir())
+
+
+def without_damaged(
+    trials: Sequence[TrialConfig],
+) -> tuple[list[TrialConfig], dict[Path, LoraxError]]:
+    """The trials whose results are sound or still to come, and faults by the others' directories.
+
+    The faults are logged, so that the trials can be mended while the others are trained.
+    """
+    sound, damaged = [], {}
+    for trial in trials:
+        try:
+            read_result(trial_dir(trial))
+            sound.append(trial)
+        except LoraxError as fault:
+            log.warning("left out: %s", fault)
+            damaged[trial_dir(trial)] = fault
+    return sound, damaged
+
+
+def left_out(damaged: dict[Path, LoraxError]) -> LoraxError:
+    """One fault for trials that a sweep has left out, as their results are damaged."""
+    first, *others = damaged.values()
+    verb = "is" if len(others) == 1 else "are"
+    more = f"; so {verb} {counted(len(others), 'other result')} of this sweep" if others else ""
+    return LoraxError(f"{first}{more}")
 
 
 def is_open(trial: TrialConfig) -> bool:

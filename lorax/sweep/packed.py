@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,15 +13,25 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.lock import is_free
+from lorax.lock import is_free, locked
 from lorax.sweep.cost import epoch_of, steps_of
 from lorax.sweep.engine import mesh_of
 from lorax.sweep.groups import group_trials, why_apart
-from lorax.sweep.pack import Pack, ended_result, is_open, recorded_packs, tidy
+from lorax.sweep.pack import (
+    Pack,
+    ended_result,
+    is_open,
+    left_out,
+    record_plan,
+    recorded_packs,
+    tidy,
+    without_damaged,
+)
 from lorax.sweep.planner import plan_packs
 from lorax.sweep.runner import run_pack
 from lorax.sweep.serial import check_trials
-from lorax.train.trial import track_end
+from lorax.sweep.words import counted
+from lorax.train.trial import track_end, writing
 from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
@@ -29,6 +40,8 @@ POLL_SECONDS = 1.0
 
 def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
     """Check every trial, then train all in as few programs as possible; ended ones are skipped.
+
+    A trial whose result on disk is damaged is left out; the others are trained.
 
     Several processes may be started on the same trials: each pack is trained by one of them, and
     each waits at the end for what others hold, and takes over what they leave when they die.
@@ -39,9 +52,18 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
 
     Raises:
       LoraxError: a trial that cannot run, before any has been trained; a directory that cannot
-        be written; a single trial that does not fit in memory.
+        be written; a single trial that does not fit in memory; in the end, a damaged result.
     """
-    unique = checked(trials)
+    results = run_sound(trials)
+    for result in results:
+        if isinstance(result, LoraxError):
+            raise result
+    return [result for result in results if not isinstance(result, LoraxError)]
+
+
+def run_sound(trials: Sequence[TrialConfig]) -> list[dict[str, Any] | LoraxError]:
+    """As `run_packed`, with a fault in the place of each result that is damaged."""
+    unique, damaged = without_damaged(checked(trials))
     track_ends(unique)
     tell_why_apart(unique)
     is_waiting = False
@@ -56,7 +78,8 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
         time.sleep(POLL_SECONDS)
     with contextlib.suppress(OSError):  # what is left over does no harm
         tidy(unique)
-    return [_result(trial) for trial in trials]
+    fault = left_out(damaged) if damaged else None
+    return [fault if fault and trial_dir(t) in damaged else _result(t) for t in trials]
 
 
 def checked(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> list[TrialConfig]:
@@ -78,7 +101,8 @@ def checked(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> 
             mesh_of(trial)
     unique = list({trial_dir(trial): trial for trial in trials}.values())
     if len(unique) < len(trials):
-        log.info("%d of %d trials are the same as others", len(trials) - len(unique), len(trials))
+        doubles = len(trials) - len(unique)
+        log.info("%d of %s repeat others", doubles, counted(len(trials), "trial"))
     return unique
 
 
@@ -94,20 +118,45 @@ def tell_why_apart(trials: Sequence[TrialConfig]) -> None:
     opened = [trial for trial in trials if is_open(trial)]
     if reason := why_apart(opened):
         count = len(group_trials(opened))
-        log.info("%d programs, as the trials differ in %s", count, reason)
+        log.info("%s, as the trials differ in %s", counted(count, "program"), reason)
 
 
 def packs_to_run(trials: Sequence[TrialConfig]) -> list[Pack]:
-    """The packs that were cut short, as they were; then the rest of the open trials, planned.
+    """The packs on record, as they were; then the rest of the open trials, planned and recorded.
 
-    What another process trains alone is left out; what it trains in packs has a record.
+    What another process trains alone is left out. Processes that start at once may plan the same
+    trials: the plan that is recorded first is the plan of all.
+
+    Raises:
+      LoraxError: a directory that cannot be written; a single trial that does not fit in memory.
     """
-    known = recorded_packs(trials)
-    taken = {trial_dir(trial) for pack in known for trial in pack.trials}
-    rest = [trial for trial in trials if is_open(trial) and trial_dir(trial) not in taken]
-    rest = [trial for trial in rest if is_free(trial_dir(trial))]
-    groups = [[rest[n] for n in group] for group in group_trials(rest)]
-    return [*known, *(pack for group in groups for pack in plan_packs(group))]
+    while True:
+        known = recorded_packs(trials)
+        taken = _places(known)
+        rest = [trial for trial in trials if is_open(trial) and trial_dir(trial) not in taken]
+        rest = [trial for trial in rest if is_free(trial_dir(trial))]
+        groups = [[rest[n] for n in group] for group in group_trials(rest)]
+        if rest:
+            log.info("planning %s: compiling programs", counted(len(rest), "trial"))
+        planned = [pack for group in groups for pack in plan_packs(group)]
+        if not planned or _recorded(planned, trials):
+            return [*known, *planned]
+
+
+def _recorded(planned: Sequence[Pack], trials: Sequence[TrialConfig]) -> bool:
+    """Record a plan; False if another process has recorded one with some of its trials."""
+    place = planned[0].directory.parent
+    with writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        with locked(place, waits=True):
+            if _places(planned) & _places(recorded_packs(trials)):
+                return False
+            record_plan(planned, trials)
+            return True
+
+
+def _places(packs: Sequence[Pack]) -> set[Path]:
+    return {trial_dir(trial) for pack in packs for trial in pack.trials}
 
 
 def check_sweep(trials: Sequence[TrialConfig]) -> None:

@@ -10,20 +10,9 @@ from lorax.sweep.groups import group_trials, why_apart
 from lorax.sweep.pack import Pack, read_record
 from lorax.sweep.packed import checked
 from lorax.sweep.planner import plan_packs
+from lorax.sweep.words import counted
 
-COLUMNS = (
-    "pack",
-    "trials",
-    "rank",
-    "side by side",
-    "padding",
-    "memory, predicted",
-    "measured",
-    "s/step, predicted",
-    "measured",
-    "seconds, predicted",
-    "measured",
-)
+COLUMNS = ("pack", "trials", "rank", "at once", "padded", "GiB", "s/step", "seconds")
 
 
 def show_plan_if_asked(trials: Sequence[TrialConfig]) -> None:
@@ -46,9 +35,10 @@ def print_plan(trials: Sequence[TrialConfig]) -> None:
     trials = checked(trials)
     groups = [[trials[n] for n in group] for group in group_trials(trials)]
     packs = [pack for group in groups for pack in plan_packs(group, with_times=True)]
-    print(table(COLUMNS, [_row(pack) for pack in packs]))
+    print(table(COLUMNS, [row for pack in packs for row in _rows(pack)]))
     limit = memory_limit(trials[0]) / GIB
-    print(f"{len(trials)} trials in {len(packs)} packs; memory limit {limit:.1f} GiB")
+    shape = f"{counted(len(trials), 'trial')} in {counted(len(packs), 'pack')}"
+    print(f"{shape}; memory limit {limit:.1f} GiB")
     if reason := why_apart(trials):
         print(f"apart, as they differ in {reason}")
     sys.stdout.flush()
@@ -64,30 +54,33 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _row(pack: Pack) -> list[str]:
+def _rows(pack: Pack) -> list[list[str]]:
+    """A pack as predicted, and as measured if it was trained."""
     predicted, measured = pack.predicted, _measured(pack)
-    return [
-        pack.name,
-        str(len(pack.trials)),
-        str(predicted["rank"]),
-        str(predicted["side_by_side"]),
-        f"{100 * (predicted['padding'] or 0):.0f}%",
-        _gib(predicted["memory_bytes"]),
-        _gib(measured.get("peak_bytes")),
-        _seconds(predicted.get("seconds_per_step")),
-        _seconds(measured.get("seconds_per_step")),
-        _seconds(predicted.get("seconds")),
-        _seconds(measured.get("seconds")),
-    ]
+    shape = [str(len(pack.trials)), str(predicted["rank"]), str(predicted["side_by_side"])]
+    padded = f"{100 * (predicted['padding'] or 0):.0f}%"
+    costs = [_gib(predicted["memory_bytes"]), *_times(predicted)]
+    rows = [[pack.name, *shape, padded, *costs]]
+    if measured:
+        rows.append(["  measured", *[""] * 4, _gib(measured.get("peak_bytes")), *_times(measured)])
+    return rows
 
 
 def _measured(pack: Pack) -> dict[str, Any]:
-    return (read_record(pack.directory) or {}).get("measured") or {}
+    measured = (read_record(pack.directory) or {}).get("measured")
+    items = measured.items() if isinstance(measured, dict) else ()
+    return {name: value for name, value in items if isinstance(value, int | float)}
+
+
+def _times(facts: dict[str, Any]) -> list[str]:
+    return [_seconds(facts.get(name)) for name in ("seconds_per_step", "seconds")]
 
 
 def _gib(number: float | None) -> str:
-    return "" if number is None else f"{number / GIB:.2f} GiB"
+    return "" if number is None else f"{number / GIB:.2f}"
 
 
 def _seconds(number: float | None) -> str:
-    return "" if number is None else f"{number:.3g}"
+    if number is None:
+        return ""
+    return f"{number:.3g}" if number < 100 else f"{number:,.0f}"

@@ -20,8 +20,16 @@ from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
 from lorax.sweep.engine import PackEngine, mesh_of, trains_alone
 from lorax.sweep.halving import judge
-from lorax.sweep.pack import Pack, is_open, read_record, write_record
+from lorax.sweep.pack import (
+    Pack,
+    is_open,
+    is_planned,
+    read_record,
+    record_plan,
+    write_record,
+)
 from lorax.sweep.standing import Leg, legs_of
+from lorax.sweep.words import counted
 from lorax.tracking import Silent
 from lorax.train.dataset import load_dataset
 from lorax.train.lane import Lane
@@ -37,7 +45,7 @@ from lorax.train.trial import (
     run_trial,
     writing,
 )
-from lorax.trial_id import trial_dir, trial_id
+from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
 # XLA's own error is at times passed on as a ValueError.
@@ -60,12 +68,17 @@ def run_pack(pack: Pack) -> bool:
             return False
         held = [trial for trial in pack.trials if _take(trial_dir(trial), locks)]
         opened = tuple(trial for trial in held if is_open(trial))
-        is_as_it_was = len(held) == len(pack.trials) and read_record(pack.directory)
+        is_as_it_was = len(held) == len(pack.trials) and _has_begun(pack)
         if opened and (is_as_it_was or len(opened) == len(pack.trials)):
             _train_fitting(pack)
         elif opened:
             _train_instead(pack, [replace(pack, trials=opened)])
     return bool(opened)
+
+
+def _has_begun(pack: Pack) -> bool:
+    record = read_record(pack.directory)
+    return record is not None and not is_planned(record)
 
 
 def _run_alone(pack: Pack) -> bool:
@@ -110,6 +123,8 @@ def _train_fitting(pack: Pack) -> None:
 
 def _train_instead(pack: Pack, parts: Sequence[Pack]) -> None:
     """Train a pack's trials in other packs, which begin at its checkpoint."""
+    with locked(pack.directory.parent, waits=True):
+        record_plan(parts, pack.trials)
     if read_record(pack.directory):
         write_record(pack, is_over=True)
     for part in parts:
@@ -121,9 +136,9 @@ def _train_with_less(pack: Pack, side: int) -> None:
     smaller = smaller_packs(pack, side)
     is_split = [part.name for part in smaller] != [pack.name]
     log.warning(
-        "pack %s ran out of memory with %d trials side by side: going on with %s",
+        "pack %s ran out of memory with %s side by side: going on with %s",
         pack.name,
-        side,
+        counted(side, "trial"),
         "packs of half the size" if is_split else f"{smaller[0].lanes} side by side",
     )
     if is_split:
@@ -183,9 +198,10 @@ def _train(leg: Leg) -> int | None:
 
 def _tell_start(leg: Leg, total: int) -> None:
     if leg.step:
-        log.info("pack %s goes on from step %d of %d", leg.pack.name, leg.step, total)
+        log.info("pack %s goes on from step %d of %d; compiling", leg.pack.name, leg.step, total)
     else:
-        log.info("pack %s: %d trials, %d steps", leg.pack.name, len(leg.trials), total)
+        shape = f"{counted(len(leg.trials), 'trial')}, {counted(total, 'step')}"
+        log.info("pack %s: %s; compiling", leg.pack.name, shape)
 
 
 def _open_lanes(leg: Leg, opened: contextlib.ExitStack) -> list[Lane]:
@@ -231,8 +247,9 @@ def _judge(loop: Loop, engine: PackEngine) -> None:
     if not sys.stderr.isatty():  # where there is no progress bar
         best = max(loop.lanes, key=lambda lane: lane.standing)
         value = math.nan if best.best_value is None else best.best_value
-        words = "step %d of %d: best %s %.4f, %d trials go on"
-        log.info(words, loop.step, loop.total_steps, best.metric, value, len(loop.alive()))
+        words = "step %d of %d: best %s %.4f, %s left"
+        left = counted(len(loop.alive()), "trial")
+        log.info(words, loop.step, loop.total_steps, best.metric, value, left)
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
@@ -256,7 +273,7 @@ def _save(loop: Loop, engine: PackEngine, checkpoints: Checkpoints) -> None:
     """One checkpoint for all lanes, and a pointer to it in each trial's directory."""
     best = engine.stack_trainables([lane.best for lane in loop.lanes])
     record = {
-        trial_id(lane.config): {"index": n, **lane.record()} for n, lane in enumerate(loop.lanes)
+        lane.directory.name: {"index": n, **lane.record()} for n, lane in enumerate(loop.lanes)
     }
     checkpoints.save(loop.step, {"state": engine.host_state(), "best": best}, {"lanes": record})
     for lane in loop.alive():

@@ -13,14 +13,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.goodness import goodness
+from lorax.sweep.pack import left_out, without_damaged
 from lorax.train import check_trial, run_trial
-from lorax.trial_id import trial_id
+from lorax.train.content import refuse_other_content
+from lorax.trial_id import trial_dir, trial_id
 
 log = logging.getLogger(__name__)
 
 
 def check_trials(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> None:
-    """Refuse a sweep before any of it trains; see `check_trial`.
+    """Refuse a sweep before any of it trains; see `check_trial` and `refuse_other_content`.
 
     Raises:
       LoraxError: the first trial that cannot run, and why.
@@ -28,6 +30,7 @@ def check_trials(trials: Sequence[TrialConfig], *, devices_are_here: bool = True
     for trial in trials:
         try:
             check_trial(trial, devices_are_here=devices_are_here)
+            refuse_other_content(trial, trial_dir(trial))
         except LoraxError as fault:
             where = f" (trial {trial_id(trial)})" if len(trials) > 1 else ""
             raise LoraxError(f"{fault}{where}") from fault
@@ -36,15 +39,22 @@ def check_trials(trials: Sequence[TrialConfig], *, devices_are_here: bool = True
 def run_trials(trials: Sequence[TrialConfig]) -> list[dict[str, Any]]:
     """Check every trial, then run each; finished ones are skipped.
 
+    A trial whose result on disk is damaged is left out; the others are run.
+
     Returns:
       Their results, in order; see `lorax.train.run_trial`.
 
     Raises:
-      LoraxError: see `check_trials`; or a directory that cannot be written.
+      LoraxError: see `check_trials`; a directory that cannot be written; in the end, a damaged
+        result.
     """
     check_trials(trials)
-    with sweep_bar(trials) as bar:
-        return [run_and_tell(trial) for trial in bar]
+    sound, damaged = without_damaged(trials)
+    with sweep_bar(sound) as bar:
+        results = [run_and_tell(trial) for trial in bar]
+    if damaged:
+        raise left_out(damaged)
+    return results
 
 
 def run_and_tell(trial: TrialConfig) -> dict[str, Any]:
@@ -80,8 +90,15 @@ def objective(result: dict[str, Any]) -> float:
     """
     if result["status"] == "diverged":
         return -math.inf
-    metric = result["metric"]
-    return goodness(metric, result["best"]["metrics"][metric])
+    score = score_of(result)
+    return -math.inf if math.isnan(score) else goodness(result["metric"], score)
+
+
+def score_of(result: dict[str, Any]) -> float:
+    """The task's main metric at its best; NaN where the trial has none, as when it diverged."""
+    best = result["best"] if result["status"] != "diverged" else None
+    score = best and best["metrics"][result["metric"]]
+    return math.nan if score is None else score
 
 
 def summary_line(result: dict[str, Any]) -> str:
@@ -89,7 +106,7 @@ def summary_line(result: dict[str, Any]) -> str:
     if result["status"] == "diverged":
         return f"{result['trial_id']}: diverged, {result['reason']}"
     name, best = result["metric"], result["best"]
-    score = best["metrics"][name]
+    score = score_of(result)
     if result["status"] == "cut":
         cut = result["cut"]
         return (

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorax.errors import LoraxError
-from lorax.sweep.jobs import Job, JobFailed, Outcome, counted, log
+from lorax.sweep.jobs import Job, JobFailed, Outcome, log
+from lorax.sweep.words import counted
 
 # What submitit's executors have in common; other options belong to one executor and bear its name.
 COMMON = {

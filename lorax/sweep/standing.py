@@ -10,13 +10,14 @@ import numpy as np
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.sweep.pack import Pack, is_open
+from lorax.train.content import check_record
 from lorax.train.lane import Progress
 from lorax.train.measure import Meter
 from lorax.train.restore import Found, lane_of, own_steps, pointed_to, read_pack
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 from lorax.train.trial import Start, find_start
-from lorax.trial_id import trial_dir, trial_id
+from lorax.trial_id import trial_dir
 
 
 class Leg(NamedTuple):
@@ -106,15 +107,16 @@ def start_in(pack: Pack, found: Found, trial: TrialConfig) -> Start:
     """A trial's start at its place in a pack's checkpoint.
 
     Raises:
-      LoraxError: a checkpoint of other shapes.
+      LoraxError: a checkpoint of other shapes, or of another content of the trial's data or base.
     """
     start = beginning(trial)
     try:
         like = {"state": start.state, "best": start.best}
-        arrays, record = lane_of(found, trial_id(trial), like)
+        arrays, record = lane_of(found, trial_dir(trial).name, like)
     except LoraxError as fault:
         where = f"{pack.checkpoints} does not fit its trials ({fault})"
         raise LoraxError(f"{where}; delete {pack.directory} to start over") from None
+    check_record(trial, trial_dir(trial), record, start.setup.content)
     progress = Progress(**record["progress"])
     if trial.sweep.halving.after is None:
         progress.cut = None  # cut by an earlier command; now it goes on

@@ -12,6 +12,7 @@ from lorax.config import ModelConfig, TaskConfig, TrialConfig
 from lorax.errors import LoraxError
 from lorax.models import load_config, resolve_source
 from lorax.process import cache_root
+from lorax.train.content import Content, content_of
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ def cache_key(config: TaskConfig | ModelConfig) -> tuple[tuple[str, Any], ...]:
 def load_dataset(config: TrialConfig) -> Dataset:
     """The task in the model's tokens; kept, so that a sweep tokenizes once."""
     train, mesh = config.train, config.sweep.mesh
+    content = content_of(config)  # files that have changed are read again
     return _load_dataset(
-        (cache_key(config.task), config.model.source, config.model.revision),
+        (cache_key(config.task), config.model.source, config.model.revision, content),
         train.batch_size // train.grad_accum,
         train.max_shapes,
         mesh.data * mesh.fsdp,
@@ -63,22 +65,23 @@ def _load_dataset(source: Any, micro_batch: int, max_shapes: int, multiple: int)
 
 @lru_cache(maxsize=4)
 def _load_splits(
-    task_items: tuple[tuple[str, Any], ...], source: str, revision: str | None
+    task_items: tuple[tuple[str, Any], ...], source: str, revision: str | None, content: Content
 ) -> tuple[data.Task, data.Encoded, dict[str, data.Encoded], int]:
+    del content
     config = TaskConfig(**dict(task_items))
     task = data.get_task(config.name)
     base = resolve_source(source, revision)
     tokenizer = data.load_tokenizer(base)
-    content = (base / "tokenizer.json").read_bytes()
+    tokenizer_json = (base / "tokenizer.json").read_bytes()
     folder = data.token_dir(cache_root())
 
     def read(split_name: str, limit: int | None) -> data.Encoded:
         if task.kind == "causal_lm":
             return data.subsample(
-                _read_documents(config, split_name, base, tokenizer, content), limit
+                _read_documents(config, split_name, base, tokenizer, tokenizer_json), limit
             )
         examples = data.subsample(data.load_split(task, split_name, config.data_dir), limit)
-        return data.encode_cached(tokenizer, content, examples, config.max_length, folder)
+        return data.encode_cached(tokenizer, tokenizer_json, examples, config.max_length, folder)
 
     train = read("train", config.max_train_samples)
     dev = {name: read(name, config.max_dev_samples) for name in task.dev_splits}
@@ -86,13 +89,13 @@ def _load_splits(
 
 
 def _read_documents(
-    config: TaskConfig, split: str, base: Path, tokenizer: Any, content: bytes
+    config: TaskConfig, split: str, base: Path, tokenizer: Any, tokenizer_json: bytes
 ) -> data.Encoded:
     """A split for a decoder: N documents, or the blocks of a text."""
     documents = data.load_documents(config.name, split, config.data_dir, base)
     return data.encode_documents_cached(
         tokenizer,
-        content,
+        tokenizer_json,
         documents,
         config.max_length,
         data.token_dir(cache_root()),
@@ -112,12 +115,12 @@ def total_steps(config: TrialConfig, dataset: Dataset) -> int:
 
 
 def _pad_id(tokenizer: Any, source: str, revision: str | None, task: data.Task) -> int:
-    """The model's padding token; its vocabulary has to hold all of the tokenizer's."""
+    """The model's padding token; its embeddings have to hold all ids of the tokenizer."""
     is_decoder = task.kind == "causal_lm"
     config = load_config(ModelConfig(source=source, revision=revision), is_decoder=is_decoder)
-    if tokenizer.get_vocab_size() > config.vocab_size:
+    if (largest := data.largest_id(tokenizer)) >= config.vocab_size:
         raise LoraxError(
-            f"model.source={source}: its tokenizer has {tokenizer.get_vocab_size()} tokens, but "
-            f"the model only {config.vocab_size}; they do not belong together"
+            f"model.source={source}: its tokenizer has token ids up to {largest}, but the model "
+            f"only {config.vocab_size} embeddings; they do not belong together"
         )
     return 0 if is_decoder else config.pad_token_id  # no token sees a decoder's padding

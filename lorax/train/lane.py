@@ -156,4 +156,5 @@ class Lane:
             "progress": asdict(self.progress),
             "costs": self.meter.record(),
             "spec": asdict(spec) if spec else None,
+            "content": asdict(self.setup.content),
         }

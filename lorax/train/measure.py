@@ -1,20 +1,25 @@
 """What a trial cost: time, memory, FLOPs; and where it ran."""
 
+import contextlib
 import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib.utils
 import numpy as np
 
 from lorax.process import PREPARED
 from lorax.train.compiler import compiler_options
+from lorax.train.provenance import code_commit, lorax_version, now, package_versions
 
 KEEP_STEPS = 128
+FATAL = 3  # of absl's levels of logging
 _COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
 
 
@@ -41,6 +46,7 @@ class Meter:
       compile_seconds: time spent compiling the step, in all legs up to their last checkpoint.
       lanes: trials that the process trains together; time and compilation are shared evenly.
       most_lanes: of all legs: what the result tells.
+      began: when the first leg started, in UTC; None of a checkpoint that does not say.
     """
 
     shapes: dict[int, StepCost] = field(default_factory=dict)
@@ -52,6 +58,7 @@ class Meter:
     started: float = field(default_factory=lambda: time.perf_counter())  # noqa: PLW0108 (tests set the clock)
     lanes: int = 1
     most_lanes: int = 1
+    began: str | None = field(default_factory=now)
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed trial's costs are the whole trial's."""
@@ -62,6 +69,7 @@ class Meter:
             "step_seconds": self.step_seconds[-KEEP_STEPS:],
             "steps_by_tokens": {str(t): n for t, n in self.steps_by_tokens.items()},
             "seconds": self.seconds,
+            "began": self.began,
         }
 
     @classmethod
@@ -72,6 +80,7 @@ class Meter:
             earlier_seconds=record["seconds"],
             compile_seconds=record["compile_seconds"],
             most_lanes=record["most_lanes"],
+            began=record.get("began"),
         )
         meter.earlier = {int(t): StepCost(**cost) for t, cost in record["shapes"].items()}
         meter.steps_by_tokens = {int(t): n for t, n in record["steps_by_tokens"].items()}
@@ -144,7 +153,8 @@ def compile_cost(
     key = jitted, jax.tree.structure(args), *_numerics(), *shapes
     if key not in _COMPILED:
         start = time.perf_counter()
-        compiled = jitted.lower(*args).compile(compiler_options(keeps_barriers))
+        with without_alarm():
+            compiled = jitted.lower(*args).compile(compiler_options(keeps_barriers))
         seconds = time.perf_counter() - start
         flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
         _COMPILED[key] = StepCost(seconds, float(flops) / lanes, program_bytes(compiled)), compiled
@@ -152,6 +162,22 @@ def compile_cost(
     if is_trained:
         _COMPILED[key] = replace(cost, compile_seconds=0.0), compiled
     return cost, compiled
+
+
+@contextlib.contextmanager
+def without_alarm() -> Iterator[None]:
+    """Keep XLA's own log off the terminal while a program is compiled.
+
+    XLA reports a compilation of more than two minutes as an error, and asks to file a bug: packs
+    on a busy machine take as long. A compilation that fails raises.
+    """
+    shown = int(os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1"))  # JAX's default
+    set_level = getattr(jaxlib.utils, "absl_set_min_log_level", lambda level: None)
+    set_level(FATAL)
+    try:
+        yield
+    finally:
+        set_level(shown)
 
 
 def compiled_programs() -> int:
@@ -203,7 +229,7 @@ def _peak_device() -> int | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What the figures were measured on, and by which versions."""
     device = jax.devices()[0]
     return {
         "device": _processor() if device.platform == "cpu" else device.device_kind,
@@ -211,20 +237,11 @@ def environment() -> dict[str, Any]:
         "devices": jax.device_count(),
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")},
-        "lorax": _version("lorax-flax"),
+        **package_versions(),
+        "lorax": lorax_version(),
+        "commit": code_commit(),
         **PREPARED,
     }
-
-
-def _version(package: str) -> str | None:
-    """None for a clone that was not installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

@@ -12,6 +12,7 @@ from lorax.lora import unstack
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 POINTER = "packed.json"
+RESULT = "result.json"
 Found = tuple[Any, dict[str, Any]]
 
 
@@ -28,6 +29,11 @@ def restore(directory: Path, like: Any, packs: dict[Path, Any] | None = None) ->
     """
     found = [own for own in (_own(directory, like), _packed(directory, like, packs)) if own]
     return max(found, key=lambda pair: pair[1]["progress"]["step"], default=None)
+
+
+def has_started(directory: Path) -> bool:
+    """Whether a trial has a result, or a checkpoint to go on from."""
+    return any((directory / name).exists() for name in (RESULT, CHECKPOINTS, POINTER))
 
 
 def point_to(directory: Path, checkpoints: Path) -> None:

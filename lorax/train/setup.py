@@ -22,6 +22,7 @@ from lorax.models import (
     load_model,
 )
 from lorax.train.check import check_config
+from lorax.train.content import Content, checked_content
 from lorax.train.dataset import cache_key, load_dataset
 from lorax.train.mesh import base_shardings, make_mesh
 from lorax.train.optimizer import Hyper
@@ -33,7 +34,10 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Setup:
-    """A trial ready to run: `trainable` and `frozen` are the two sides of the split."""
+    """A trial ready to run: `trainable` and `frozen` are the two sides of the split.
+
+    `content` says what it is trained on.
+    """
 
     program: Program
     trainable: Any
@@ -41,6 +45,7 @@ class Setup:
     spec: LoraSpec | None
     counts: dict[str, int]
     dropout_key: jax.Array
+    content: Content
 
 
 def spec_of(lora: LoraConfig, modules_to_save: tuple[str, ...] = (HEAD,)) -> LoraSpec:
@@ -73,6 +78,7 @@ def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
       LoraxError: see `check_config`, `lorax.resolve`, `load_dataset` and `load_model`.
     """
     check_config(config)
+    checked_content(config)
     if devices_are_here:
         _check_attention(config)
     if config.train.mode == "lora":
@@ -128,6 +134,7 @@ def _load_model(config: TrialConfig, key: jax.Array) -> Any:
         config.model,
         _outputs(config),
         key=key,
+        labels=data.get_task(config.task.name).labels,
         dtype=DTYPES[config.train.precision],
         param_dtype=DTYPES.get(base_dtype, DTYPES[config.train.precision]),
         remat=config.train.remat,
@@ -155,11 +162,15 @@ def hyper_of(config: TrialConfig, factor: float = 1.0) -> Hyper:
 
 
 def prepare(config: TrialConfig) -> Setup:
-    """The arrays of a trial, a pure function of its config.
+    """The arrays of a trial, a pure function of its config and of the base's files.
 
     The adapter's draw depends on the seed and each target's path alone, the head's on the
     seed: trials that differ in rank, alpha or targets start from the same numbers.
+
+    Raises:
+      LoraxError: see `load_model` and `checked_content`.
     """
+    content = checked_content(config)
     lora_key, head_key, dropout_key = jax.random.split(jax.random.key(config.seed), 3)
     task, train = data.get_task(config.task.name), config.train
     model = _load_model(config, head_key)
@@ -186,7 +197,7 @@ def prepare(config: TrialConfig) -> Setup:
         saves_memory=train.remat or train.base_dtype in KINDS,
     )
     counts = _counts(shapes, adapter_params, mode)
-    return Setup(program, trainable, Frozen(frozen, scales), spec, counts, dropout_key)
+    return Setup(program, trainable, Frozen(frozen, scales), spec, counts, dropout_key, content)
 
 
 def _counts(base: dict[str, Any], adapter: int, mode: str) -> dict[str, int]:

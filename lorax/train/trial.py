@@ -18,18 +18,28 @@ from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
 from lorax.tracking import catch_up, is_behind, open_tracker
+from lorax.train.content import check_record, refuse_other_content, with_content
 from lorax.train.dataset import load_dataset
 from lorax.train.engine import Solo
 from lorax.train.lane import Lane, Progress
 from lorax.train.loop import Loop
 from lorax.train.measure import Meter, reset_peak_rss
-from lorax.train.restore import CHECKPOINTS, POINTER, restore
-from lorax.train.results import Result, finished_result, read_result, write_result
+from lorax.train.provenance import code_commit
+from lorax.train.restore import CHECKPOINTS, POINTER, RESULT, restore
+from lorax.train.results import (
+    Result,
+    drop_incomplete,
+    finished_result,
+    read_result,
+    write_result,
+)
 from lorax.train.setup import Setup, check_trial, hyper_of, prepare
 from lorax.train.step import State, init_state
-from lorax.trial_id import trial_dir, trial_id
+from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
+# The name comes last: a long one would push the score out of a terminal of 80 columns.
+BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}] {desc}"
 
 
 def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
@@ -51,9 +61,12 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
 
     Raises:
       LoraxError: whatever `check_trial` refuses, before training; a directory that cannot be
-        written, or in which another process runs this trial.
+        written, in which another process runs this trial, or in which it was trained on another
+        content of its data or base.
     """
     directory = trial_dir(config)
+    if resume:
+        refuse_other_content(config, directory)
     if resume and (result := finished_result(directory)):
         log.info("%s is finished, skipped", directory)
         track_end(config)
@@ -96,6 +109,9 @@ def find_start(config: TrialConfig, directory: Path, packs: dict[Path, Any] | No
       config: the trial, checked.
       directory: its own, locked by this process.
       packs: see `restore`.
+
+    Raises:
+      LoraxError: the checkpoint is of another content of the trial's data or base.
     """
     setup = prepare(config)
     state = init_state(setup.trainable, hyper_of(config), setup.dropout_key)
@@ -103,6 +119,7 @@ def find_start(config: TrialConfig, directory: Path, packs: dict[Path, Any] | No
     progress, meter = Progress(), Meter()
     if found := restore(directory, {"state": state, "best": best}, packs):
         arrays, record = found
+        check_record(config, directory, record, setup.content)
         state, best = arrays["state"], jax.tree.map(np.asarray, arrays["best"])
         progress, meter = Progress(**record["progress"]), Meter.restore(record["costs"])
         progress.cut = None  # who opens a trial that was cut wants it to go on
@@ -110,19 +127,25 @@ def find_start(config: TrialConfig, directory: Path, packs: dict[Path, Any] | No
 
 
 def open_lane(config: TrialConfig, directory: Path, start: Start) -> Lane:
-    """The trial's side of the loop; its config is written, its records go on from its start."""
+    """The trial's side of the loop; its config is written, its records go on from its start.
+
+    The config names the content that it is trained on, even where the trial's own does not.
+    """
     dataset = load_dataset(config)
-    write_json(directory / "config.json", dataclasses.asdict(config))
+    code_commit()  # as it is now: later the clone may be at another one
+    drop_incomplete(directory)
+    named = with_content(config, start.setup.content)
+    write_json(directory / "config.json", dataclasses.asdict(named))
     step = start.progress.step
-    tracker = open_tracker(config.tracking, directory, _described(config), step)
+    tracker = open_tracker(config.tracking, directory, _described(named, directory), step)
     return Lane(
         config, directory, start.setup, dataset, tracker, start.best, start.progress, start.meter
     )
 
 
-def _described(config: TrialConfig) -> dict[str, Any]:
+def _described(config: TrialConfig, directory: Path) -> dict[str, Any]:
     """The config as trackers get it."""
-    return {**dataclasses.asdict(config), "trial_id": trial_id(config)}
+    return {**dataclasses.asdict(config), "trial_id": directory.name}
 
 
 def track_end(config: TrialConfig) -> None:
@@ -132,7 +155,7 @@ def track_end(config: TrialConfig) -> None:
         return
     with contextlib.suppress(BusyError), locked(directory):
         if result := read_result(directory):
-            catch_up(config.tracking, directory, _described(config), result)
+            catch_up(config.tracking, directory, _described(config, directory), result)
 
 
 def clean(config: TrialConfig, directory: Path) -> None:
@@ -143,7 +166,7 @@ def clean(config: TrialConfig, directory: Path) -> None:
 
 
 def _forget(directory: Path) -> None:
-    for name in ("result.json", POINTER):
+    for name in (RESULT, POINTER):
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
 
@@ -183,11 +206,13 @@ def _run(lane: Lane, engine: Solo, checkpoints: Checkpoints) -> Result:
 def progress_bar(trials: Sequence[TrialConfig], loop: Loop) -> Any:
     """A bar over optimizer steps; silent without a terminal or when tracking asks for silence."""
     is_silent = all(trial.tracking.kind == "none" for trial in trials)
-    name = trial_id(trials[0]) if len(trials) == 1 else f"pack of {len(trials)} trials"
+    name = trial_dir(trials[0]).name if len(trials) == 1 else f"pack of {len(trials)} trials"
     return tqdm(
         total=loop.total_steps,
         initial=loop.step,
         desc=name,
+        postfix="compiling",  # until the first step has ended
+        bar_format=BAR,
         unit="step",
         leave=False,
         disable=True if is_silent else None,  # None: silent where there is no terminal

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from lorax.data import Examples, encode, find_asset, load_tokenizer, subsample
+from lorax.data import Examples, encode, find_asset, largest_id, load_tokenizer, subsample
 from lorax.errors import LoraxError
 
 TEXTS = ["A film.", "", "Caf\u00e9s & na\u00efvet\u00e9!", "word " * 200, "\u4e2d\u6587 \U0001f600"]
@@ -80,6 +80,18 @@ def test_faults(tmp_path):
         encode(word_tokenizer(), Examples(["a"], None, labels), 2)
     with pytest.raises(LoraxError, match=r"task\.max_length=4 is too short: at least 5"):
         encode(word_tokenizer(), Examples(["a"], ["b"], labels), 4)
+
+
+def test_the_largest_id_is_not_the_count():
+    tokenizer = word_tokenizer()
+    assert largest_id(tokenizer) == 11
+    tokenizer.add_tokens(["new"])
+    assert largest_id(tokenizer) == 12
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 70))
+    assert largest_id(tokenizer) == 70
+    holes = Tokenizer(models.WordLevel({"a": 0, "b": 500}, unk_token="a"))
+    assert (holes.get_vocab_size(), largest_id(holes)) == (2, 500)
+    assert largest_id(Tokenizer(models.WordLevel({}, unk_token="a"))) == -1
 
 
 def test_subsample_is_fixed_and_nested():

@@ -243,8 +243,8 @@ def test_weights_without_use_are_left(written, load, tmp_path, model_type):
     file = tmp_path / "model.safetensors"
     tensors = numpy.load_file(file)
     useless = {
-        "llama": ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"],
-        "gpt2": ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
+        "llama": ["score.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"],
+        "gpt2": ["score.weight", "transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
     }[model_type]
     numpy.save_file(tensors | {name: np.ones((2, 2), np.float32) for name in useless}, file)
     assert isinstance(load(), CausalLM)

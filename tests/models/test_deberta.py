@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from lorax.errors import LoraxError
-from lorax.lora import LoraSpec, resolve
+from lorax.lora import LoraSpec, adapt, init, merge, resolve
 from lorax.models import hf_module
 from lorax.models.deberta import DebertaConfig, relative_rows
 from tests.helpers.encoders import (
@@ -249,3 +249,21 @@ def test_sizes_are_refused_by_name():
     assert jnp.isfinite(run(model, long[:, :32], long[:, :32])).all()
     with pytest.raises(LoraxError, match="has 32 positions"):
         run(model, long, long)
+
+
+def test_the_table_of_distances_takes_an_adapter():
+    model = classifier(**V3, **NO_DROPOUT)
+    graphdef, state = nnx.split(model)
+    base, spec = nnx.to_pure_dict(state), LoraSpec(rank=2, alpha=4, targets="relative")
+    lora = jax.tree.map(lambda x: x + 0.5, init(jax.random.key(0), base, spec))
+    ids = jnp.arange(3, 12)[None]
+    adapted, merged, plain = (
+        run(each, ids, jnp.ones_like(ids))
+        for each in (
+            adapt(model, lora, spec),
+            nnx.merge(graphdef, merge(base, lora, spec)),
+            model,
+        )
+    )
+    np.testing.assert_allclose(adapted, merged, rtol=0, atol=1e-5)
+    assert not np.allclose(adapted, plain, atol=1e-3)

@@ -8,6 +8,14 @@ import pytest
 CASES = {
     "unknown key": (["lora.rnak=4"], r"'lora.rnak' is not a setting; did you mean 'lora.rank'\?"),
     "unknown key, added": (["+train.epoch=4"], r"'train.epoch' is not .*'train.epochs'"),
+    "a name of the Trainer's": (["learning_rate=1e-3"], r"did you mean 'optimizer.lr'\?"),
+    "a name of PEFT's": (["+lora.lora_alpha=8"], r"did you mean 'lora.alpha'\?"),
+    "a flag": (["--epochs=3"], "--epochs is not an option; .* name=value: train.epochs=3"),
+    "a flag of PEFT's": (["--lora_r=8"], "--lora_r is not an option; .*: lora.rank=8"),
+    "a sweep over a mapping": (
+        ["-m", "lora.rank_pattern.query=4,8"],
+        r"to sweep over it: '\+lora.rank_pattern=\{query:4\},\{query:8\}'",
+    ),
     "unknown group": (["optimiser.lr=1"], r"did you mean 'optimizer.lr'\?"),
     "unknown option of a launcher": (
         ["hydra.launcher.cpus=2"],

@@ -9,6 +9,7 @@ from lorax.errors import LoraxError
 from lorax.sweep.jobs import Job, JobFailed, Outcome, run_jobs
 from lorax.sweep.launcher import with_quiet_faults
 from lorax.sweep.serial import objective
+from lorax.train.provenance import command_line
 from lorax.trial_id import trial_id
 
 
@@ -43,6 +44,7 @@ def test_a_result_comes_back_to_each_trial_whatever_the_order(trials):
     results = run_jobs(trials, cluster)
     ids = [trial_id(trial) for trial in trials]
     assert [result["trial_id"] for result in results] == ids
+    assert {result["command"] for result in results} == {command_line()}
     assert cluster.jobs == [ids[2:4], ids[:2]]
     again = Cluster()
     assert run_jobs(trials, again) == results

@@ -19,7 +19,10 @@ TRAIN = {"max_steps": 12, "eval_every": 4, "checkpoint_every": 3, "log_every": 1
 DROPOUT = {"name": "tiny", "dropout": 0.1}
 COSTS = {
     "adapter_bytes",
+    "began",
+    "command",
     "compile_seconds",
+    "ended",
     "environment",
     "flops_per_step",
     "lanes",

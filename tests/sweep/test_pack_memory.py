@@ -164,7 +164,7 @@ def test_one_at_a_time_it_is_cut_into_two_packs(world, tmp_path, expected, monke
     trials = small_trials(world, tmp_path, lanes=1)
     failing_once(monkeypatch, PackEngine, "step", after=6)
     results = run_packed(trials)
-    assert "with 1 trials side by side: going on with packs of half the size" in caplog.text
+    assert "with 1 trial side by side: going on with packs of half the size" in caplog.text
     assert [result["status"] for result in results] == ["finished"] * 4 + ["diverged"]
     assert_same_numbers(trials, expected)
     folders = {path.name.partition("-")[0]: path for path in (tmp_path / "tiny/packs").iterdir()}
@@ -207,7 +207,8 @@ def test_what_is_smaller(world, tmp_path):
     assert smaller_packs(pack, 3) == [Pack(trials, 1024, 1)]
     assert smaller_packs(pack, 1) == [Pack(trials[:3], 1024, 1), Pack(trials[3:], 1024, 1)]
     for trial in trials[:3]:
-        trial_dir(trial).mkdir(parents=True)
+        (trial_dir(trial) / "adapter").mkdir(parents=True)
+        (trial_dir(trial) / "config.json").write_text("{}")
         (trial_dir(trial) / "result.json").write_text('{"status": "finished"}')
     assert smaller_packs(pack, 1) == [Pack(trials[3:4], 1024, 1), Pack(trials[4:], 1024, 1)]
     with pytest.raises(LoraxError, match=f"trial {pack.ids[3]} does not fit"):

@@ -16,6 +16,7 @@ from lorax.errors import LoraxError
 from lorax.sweep import plan_table, run_packed
 from lorax.sweep.engine import PackEngine
 from lorax.train import run_trial
+from lorax.train.content import with_content
 from lorax.train.engine import Solo
 from lorax.trial_id import trial_dir, trial_id
 
@@ -51,17 +52,20 @@ KINDS = {
 }
 # What a trial costs, and on what it was measured: of the pack, not of the trial.
 COSTS = {
+    "adapter_bytes",
+    "began",
+    "command",
+    "compile_seconds",
+    "ended",
+    "environment",
+    "flops_per_step",
+    "lanes",
+    "peak_device_bytes",
+    "peak_rss_bytes",
     "seconds_per_step",
     "seconds_total",
-    "compile_seconds",
     "step_memory_bytes",
-    "flops_per_step",
     "steps_by_tokens",
-    "lanes",
-    "peak_rss_bytes",
-    "peak_device_bytes",
-    "adapter_bytes",
-    "environment",
 }
 
 
@@ -228,7 +232,8 @@ def test_its_adapter_is_that_of_the_trial_alone(ran, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_config_is_its_own(ran, kind):
     config = json.loads((trial_dir(ran.packed[kind]) / "config.json").read_text())
-    assert config == json.loads(json.dumps(dataclasses.asdict(ran.packed[kind])))
+    own = with_content(ran.packed[kind])
+    assert config == json.loads(json.dumps(dataclasses.asdict(own)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -443,11 +448,13 @@ def test_a_plan_shows_predicted_figures_and_trains_nothing(said):
     assert (ended["plan"]["code"], ended["plan"]["err"]) == (0, "")
     head, _, row = table_of(ended["plan"]["out"])
     cells = dict(zip(head, row, strict=False))
-    assert (cells["trials"], cells["rank"], cells["side by side"]) == ("4", "2", "4")
-    assert (cells["padding"], row.count("")) == ("0%", 3)
-    assert all(float(cells[name]) > 0 for name in ("s/step, predicted", "seconds, predicted"))
-    assert re.fullmatch(r"\d+\.\d\d GiB", cells["memory, predicted"])
-    assert "4 trials in 1 packs; memory limit " in ended["plan"]["out"]
+    assert (cells["trials"], cells["rank"], cells["at once"]) == ("4", "2", "4")
+    assert (cells["padded"], row.count("")) == ("0%", 0)
+    assert all(float(cells[name]) > 0 for name in ("s/step", "seconds"))
+    assert re.fullmatch(r"\d+\.\d\d", cells["GiB"])
+    assert "4 trials in 1 pack; memory limit " in ended["plan"]["out"]
+    table = [line for line in ended["plan"]["out"].splitlines() if line.startswith("|")]
+    assert max(map(len, table)) <= 80
     left = {path.name for path in (root / "plan").rglob("*") if path.is_file()}
     assert not left & {"config.json", "metrics.jsonl", "result.json", "pack.json"}
 
@@ -456,12 +463,12 @@ def test_after_a_run_the_plan_shows_what_was_measured(said):
     root, ended = said
     assert ended["plan after"]["code"] == 0
     _, _, before = table_of(ended["plan"]["out"])
-    _, _, row = table_of(ended["plan after"]["out"])
+    _, _, predicted, row = table_of(ended["plan after"]["out"])
     (pack,) = packs_in(root / "run")
-    assert row[0] == before[0]  # the same pack, by name
-    assert "" not in row
-    assert float(row[8]) == pytest.approx(pack["measured"]["seconds_per_step"], rel=0.01)
-    assert float(row[10]) == pytest.approx(pack["measured"]["seconds"], rel=0.01)
+    assert predicted[0] == before[0]  # the same pack, by name
+    assert (row[0], row.count("")) == ("measured", 4)
+    assert float(row[6]) == pytest.approx(pack["measured"]["seconds_per_step"], rel=0.01)
+    assert float(row[7]) == pytest.approx(pack["measured"]["seconds"], rel=0.01)
 
 
 def test_one_bad_trial_is_one_line_before_anything_trains(said):

@@ -1,8 +1,10 @@
 import jax
+import jaxlib.utils
 import numpy as np
 import pytest
 
-from lorax.train import compiler
+from lorax.train import compiler, measure
+from lorax.train.measure import compile_cost
 from lorax.train.step import train_step
 
 
@@ -40,3 +42,11 @@ def test_the_options_change_no_result(bench):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), results[0], other
         )
+
+
+def test_xlas_own_log_is_off_while_a_program_is_compiled(monkeypatch):
+    levels = []
+    monkeypatch.setattr(jaxlib.utils, "absl_set_min_log_level", levels.append)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    cost, _ = compile_cost(jax.jit(lambda x: x + 1), np.ones(3))
+    assert levels == [measure.FATAL, 0] and cost.memory_bytes > 0

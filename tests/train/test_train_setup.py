@@ -1,6 +1,12 @@
+import json
+import shutil
+
 import jax
 import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
 
+from lorax.errors import LoraxError
 from lorax.lora.paths import leaves_by_path
 from lorax.train.dataset import load_dataset
 from lorax.train.setup import prepare
@@ -45,3 +51,34 @@ def test_a_sweep_reads_its_task_once(world):
     assert len(load_dataset(other).train) == 40
     cut = world.trial(train={"grad_accum": 4})
     assert load_dataset(cut).train is load_dataset(first).train
+
+
+def test_a_trial_starts_from_the_output_layer_whose_labels_are_its_own(world, tmp_path):
+    def started(names):
+        folder = tmp_path / names[0]
+        shutil.copytree(world.source, folder)
+        layer = {"classifier.weight": kernel.T.copy(), "classifier.bias": bias}
+        save_file(load_file(folder / "model.safetensors") | layer, folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        named = {"id2label": dict(enumerate(names)), "label2id": None}
+        (folder / "config.json").write_text(json.dumps(config | named))
+        model = {"source": str(folder), "pooling": "pooler"}
+        return trained(world.trial(task={"name": "sst2"}, model=model))
+
+    kernel, bias = np.arange(64, dtype=np.float32).reshape(32, 2), np.float32([3, 4])
+    turned, other = started(("POSITIVE", "NEGATIVE")), started(("entailment", "not_entailment"))
+    np.testing.assert_array_equal(turned["base.head.out.kernel"], kernel[:, ::-1])
+    np.testing.assert_array_equal(turned["base.head.out.bias"], bias[::-1])
+    assert not other["base.head.out.bias"].any()
+
+
+def test_token_ids_beyond_the_embeddings_are_refused_by_the_largest(world, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(world.source, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary.pop("w199")
+    vocabulary["w198"] = 300  # one token less, and a hole
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(LoraxError, match=r"token ids up to 300, but the model only 212 embeddings"):
+        load_dataset(world.trial(model={"source": str(folder)}))

@@ -1,8 +1,14 @@
 import dataclasses
+import itertools
+import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorax.config import LoraConfig, TrialConfig
+from lorax.effective import in_canonical_order
+from lorax.lora import LoraSpec
 from lorax.trial_id import trial_dir, trial_id
 
 OTHER = {
@@ -94,3 +100,139 @@ def test_it_is_a_readable_file_name():
     assert len(name) < 100 and "/" not in name and " " not in name and "\\" not in name
     config.output_dir, config.sweep.name = "out", "ranks"
     assert trial_dir(config).parts == ("out", "ranks", name)
+
+
+def made(**parts):
+    """A config whose parts have other fields: `train={"max_steps": 9}` and its like."""
+    config = TrialConfig()
+    for name, fields in parts.items():
+        setattr(config, name, dataclasses.replace(getattr(config, name), **fields))
+    return config
+
+
+QUERY_VALUE, VALUE_QUERY = {"query": 2, "value": 4}, {"value": 4, "query": 2}
+SAME = {
+    "epochs beside max_steps": [
+        {"train": {"max_steps": 9, "epochs": epochs}} for epochs in (1, 3, 5)
+    ],
+    "the order of a pattern's unlike names": [
+        {"lora": {name: order}}
+        for name in ("rank_pattern", "alpha_pattern")
+        for order in (QUERY_VALUE, VALUE_QUERY)
+    ],
+    "the order of layers in a pattern": [
+        {"lora": {"rank_pattern": dict(order)}}
+        for order in itertools.permutations([("0.query", 1), ("1.query", 2), ("value", 4)])
+    ],
+    "the order of names of one value": [
+        {"lora": {"rank_pattern": order}}
+        for order in ({"query": 2, ".*": 2, "key": 4}, {".*": 2, "query": 2, "key": 4})
+    ],
+    "the order of lists": [
+        {"lora": {"targets": ["value", "query"], "layers": [1, 0], "exclude": ["b", "a"]}},
+        {"lora": {"targets": ["query", "value"], "layers": [0, 1], "exclude": ["a", "b"]}},
+    ],
+    "a list of one target": [{"lora": {"targets": "qkvo"}}, {"lora": {"targets": ["qkvo"]}}],
+    "the head's rate, written out": [
+        {"optimizer": {"lr": 0.01}},
+        {"optimizer": {"lr": 0.01, "head_lr": 0.01}},
+    ],
+    "the base's rate where the head alone is trained": [
+        {"train": {"mode": "head"}, "optimizer": {"lr": lr, "head_lr": 0.01}} for lr in (0.1, 0.01)
+    ],
+    "the adapter where there is none": [
+        {"train": {"mode": "full", "pad_rank": rank}, "lora": {"rank": rank}} for rank in (1, 8)
+    ],
+}
+OTHER_TRIALS = {
+    "epochs": [{"train": {"epochs": epochs}} for epochs in (1, 3)],
+    "the order of a pattern whose names overlap": [
+        {"lora": {"rank_pattern": order}}
+        for order in ({"query": 2, "0.query": 4}, {"0.query": 4, "query": 2})
+    ],
+    "the head's rate": [
+        {"train": {"mode": mode}, "optimizer": {"lr": 0.1, "head_lr": head_lr}}
+        for mode in ("lora", "head")
+        for head_lr in (0.1, 0.01)
+    ],
+    "content": [
+        {part: {name: digest * 64}}
+        for part, name in (("task", "content"), ("model", "content"))
+        for digest in "ab"
+    ]
+    + [{"model": {"tokenizer_content": "a" * 64}}],
+}
+
+
+@pytest.mark.parametrize("why", SAME)
+def test_settings_without_effect_are_not_in_it(why):
+    names = [trial_id(made(**parts)) for parts in SAME[why]]
+    if why == "the order of a pattern's unlike names":  # of ranks and of alphas
+        assert names[0] == names[1] != names[2] == names[3]
+    else:
+        assert len(set(names)) == 1
+
+
+@pytest.mark.parametrize("why", OTHER_TRIALS)
+def test_settings_with_an_effect_are(why):
+    names = [trial_id(made(**parts)) for parts in OTHER_TRIALS[why]]
+    assert len(set(names)) == len(names)
+
+
+NAMES = ["query", "value", "0.query", "1.query", "0.value", ".*", r"layers\.0\..*", "que.y"]
+MODULES = [f"layers.{n}.{name}" for n in (0, 1) for name in ("query", "value")]
+
+
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(1, 3)), unique_by=lambda e: e[0]))
+def test_a_pattern_in_canonical_order_gives_each_module_the_same(entries):
+    def chosen(pattern):
+        spec = LoraSpec(rank_pattern=pattern)
+        return [spec.rank_of(f"{module}.kernel") for module in MODULES]
+
+    ordered = in_canonical_order(dict(entries))
+    assert chosen(ordered) == chosen(dict(entries))
+    assert list(in_canonical_order(ordered).items()) == list(ordered.items())
+
+
+# Trials by the names that they had when ids knew neither content nor what has no effect.
+EARLIER = {
+    "reviews-lora-r8-a16-qv-lr0.001-s0-32f19560": made(),
+    "reviews-lora-r4-a16-v+q-lr0.001-s0-61391dcc": made(
+        lora={"rank": 4, "targets": ["v", "q"], "rank_pattern": VALUE_QUERY},
+        train={"max_steps": 60, "epochs": 5},
+        optimizer={"head_lr": 1e-3},
+    ),
+    "reviews-head-lr0.01-s0-0b438360": made(
+        train={"mode": "head"}, lora={"rank": 64}, optimizer={"lr": 0.01}
+    ),
+    "text-lora-r8-a16-qv-lr0.001-s0-4f6a613e": made(
+        task={"name": "text", "data_dir": "a.txt", "content": "a" * 64}, train={"max_steps": 60}
+    ),
+}
+CONTENT = {"model": {"content": "b" * 64, "tokenizer_content": "c" * 64}}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_trials_of_earlier_versions_are_found_where_they_are(tmp_path, name):
+    config = dataclasses.replace(EARLIER[name], output_dir=str(tmp_path))
+    named = dataclasses.replace(config, model=dataclasses.replace(config.model, **CONTENT["model"]))
+    assert trial_dir(named) == tmp_path / "default" / trial_id(named) != tmp_path / "default" / name
+    folder = tmp_path / "default" / name
+    folder.mkdir(parents=True)
+    assert trial_dir(named).name == trial_id(named)  # nothing was trained there
+
+    record = dataclasses.asdict(config)
+    for field in ("content", "tokenizer_content"):
+        del record["model"][field]
+    (folder / "config.json").write_text(json.dumps(record))
+    assert trial_dir(named) == trial_dir(config) == folder
+
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(named)))
+    assert trial_dir(named) == folder
+    other = dataclasses.replace(named, model=dataclasses.replace(named.model, content="d" * 64))
+    assert trial_dir(other).name == trial_id(other)
+
+
+def test_a_trial_without_content_or_what_has_no_effect_has_the_name_it_always_had():
+    names = [name for name, config in EARLIER.items() if trial_id(config) == name]
+    assert names == [name for name in EARLIER if "v+q" not in name]

@@ -1,0 +1,29 @@
+"""The Optuna sweeper's face: Hydra only takes sweepers from this namespace package.
+
+Every Hydra application of an environment imports it, so lorax and Optuna wait until it is used.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.plugins.sweeper import Sweeper
+
+
+class LoraxOptunaSweeper(Sweeper):
+    """hydra-optuna-sweeper, whose stored studies continue; see `lorax.sweep.on_optuna`.
+
+    Options are those of hydra-optuna-sweeper, under `hydra.sweeper`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def setup(self, **context: Any) -> None:
+        """Keep what Hydra gives a sweeper: `hydra_context`, `task_function` and `config`."""
+        self.context = context
+
+    def sweep(self, arguments: Sequence[str]) -> None:
+        """Search; see `lorax.sweep.on_optuna.search`."""
+        from lorax.sweep.on_optuna import search
+
+        search(self.options, self.context, list(arguments))
