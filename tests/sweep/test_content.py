@@ -257,7 +257,7 @@ def test_a_finished_trial_of_which_a_part_is_missing_is_run_again(
 
 
 def test_a_base_of_the_hub_is_known_by_its_commit(world, tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):

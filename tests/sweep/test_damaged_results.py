@@ -7,6 +7,7 @@ import pytest
 
 from lorax.errors import LoraxError
 from lorax.sweep import run_packed, run_trials
+from lorax.train.content import with_content
 from lorax.train.results import read_result
 from lorax.trial_id import trial_dir
 from tests.helpers.world import ROOT
@@ -46,6 +47,8 @@ DAMAGED = {
 @pytest.mark.parametrize("case", SOUND)
 def test_a_sound_result_is_read(tmp_path, case):
     (tmp_path / "result.json").write_text(json.dumps(SOUND[case]))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter").mkdir()
     assert read_result(tmp_path) == SOUND[case]
 
 
@@ -86,7 +89,7 @@ def test_commands_end_with_counts_the_best_trial_and_what_to_do_next(world, tmp_
     root = os.path.relpath(tmp_path, ROOT)
     more = [f"model.source={os.path.relpath(world.source, ROOT)}", "hydra.job.chdir=true"]
     more += [f"task.data_dir={os.path.relpath(world.data_dir, ROOT)}", "train.max_steps=2"]
-    trials = [world.trial(root, seed=n, train={"max_steps": 2}) for n in range(3)]
+    trials = [with_content(world.trial(root, seed=n, train={"max_steps": 2})) for n in range(3)]
     for trial in trials:
         trial.model.source, trial.task.data_dir = more[0][13:], more[2][14:]
     damaged = trial_dir(trials[0])
