@@ -20,6 +20,7 @@ from lorax.train.content import with_content
 from lorax.train.engine import Solo
 from lorax.trial_id import trial_dir, trial_id
 
+pytestmark = pytest.mark.production  # level 0 rounds a lane alone and among others differently
 LENGTHS = {"max_shapes": 4, "batch_size": 4}
 TRAIN = {"max_steps": 12, "eval_every": 4, "log_every": 1, "keep_checkpoints": False, **LENGTHS}
 CONSTANT = {"schedule": "constant", "warmup_ratio": 0.0}
