@@ -75,9 +75,11 @@ def _comparison(theirs: list[float], ours: list[float]) -> str:
         cells.append(f"{100 * summary.mean:.2f} ± {100 * summary.std:.2f}")
     if len(ours) < 2:
         return " | ".join([*cells, "needs two seeds", "", ""])
+    cells.append(f"{100 * float(np.mean(ours) - np.mean(theirs)):+.2f}")
     low, high = (100 * end for end in welch_interval(ours, theirs))
-    cells += [f"{100 * float(np.mean(ours) - np.mean(theirs)):+.2f}", f"[{low:+.2f}, {high:+.2f}]"]
-    return " | ".join([*cells, "yes" if low <= 0 <= high else "no"])
+    if np.isnan(low):
+        return " | ".join([*cells, "no spread", ""])
+    return " | ".join([*cells, f"[{low:+.2f}, {high:+.2f}]", "yes" if low <= 0 <= high else "no"])
 
 
 def print_tables(folder: Path) -> None:

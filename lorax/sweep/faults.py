@@ -105,7 +105,7 @@ def flag_fault(flag: str, following: str | None = None) -> str:
     """One line on a flag in place of an override.
 
     >>> flag_fault("--lora_r", "8")
-    "--lora_r is not an option; settings are given as name=value: lora.rank=8"
+    '--lora_r is not an option; settings are given as name=value: lora.rank=8'
 
     Args:
       flag: `--name` or `--name=value`.

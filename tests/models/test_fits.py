@@ -150,7 +150,7 @@ def test_weights_are_downloaded_for_one_that_does(hub, room, deep):
 
 
 def test_what_no_machine_has_is_refused_with_the_figures_of_this_one(tmp_path):
-    large(tmp_path / "llama", hidden_size=2**19, intermediate_size=2**21, num_hidden_layers=2)
+    large(tmp_path / "llama", hidden_size=2**19, intermediate_size=2**20, num_hidden_layers=4)
     message = refusal(tmp_path / "llama")
     needed, present = map(float, re.findall(r"([\d.]+) GiB", message)[:2])
     assert needed > 30_000 > present > 0

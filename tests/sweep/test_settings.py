@@ -16,7 +16,8 @@ from lorax.sweep.cli import run_command
 from lorax.sweep.closing import closing_lines
 from lorax.sweep.faults import flag_fault, meant_setting, system_fault
 from lorax.sweep.settings import SYNONYMS, all_settings, setting_names, settings_help
-from lorax.train.trial import progress_bar, trial_id
+from lorax.train.trial import progress_bar
+from lorax.trial_id import trial_id
 
 
 def test_every_setting_says_what_it_is():

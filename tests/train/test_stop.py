@@ -72,7 +72,7 @@ def test_a_stopped_pack_has_saved_its_step_and_goes_on_to_the_bit(world, tmp_pat
         stop.at_a_door(),
     ):
         run_packed(cut)
-    (folder,) = (tmp_path / "cut").glob("tiny/packs/*")
+    (folder,) = (tmp_path / "cut").glob("tiny/packs/*/")
     (saved,) = steps(folder)
     assert [lines(trial) for trial in cut] == [saved, saved] and saved < 50
     run_packed(cut)
