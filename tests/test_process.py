@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Fills and frees 64 MB twice; how many pages the second time had to be fetched for.
 FAULTS = """
 import resource, sys

@@ -24,6 +24,8 @@ from tests.helpers.synthetic_sweep import (
     write_trial,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 

@@ -11,6 +11,8 @@ from lorax.errors import LoraxError
 from lorax.generation.scores import score_texts
 from tests.helpers.causal_zoo import WORDS, write_lm_base
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):

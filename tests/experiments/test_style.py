@@ -11,6 +11,8 @@ from lorax import data
 from lorax.errors import LoraxError
 from tests.helpers.causal_zoo import torch_logits, write_lm_base, write_text
 
+pytestmark = pytest.mark.slow
+
 LINE = "w9 w8 w7 w6.\n"
 
 

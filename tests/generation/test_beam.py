@@ -10,6 +10,8 @@ from lorax.generation import GenerationConfig, generate
 from tests.helpers.causal_zoo import ragged
 from tests.helpers.generation import EOS, ids_of, prompts_of, reference
 
+pytestmark = pytest.mark.slow
+
 NEW = 14
 OFTEN = (19, 30, 47)  # ids that end several hypotheses soon
 each_model_type = pytest.mark.parametrize("model_type", ["gpt2", "llama"])

@@ -13,6 +13,8 @@ from lorax.models import DECODERS
 from tests.helpers.causal_zoo import load_lm, ragged, write_lm
 from tests.helpers.generation import EOS, ids_of, prompts_of, reference
 
+pytestmark = pytest.mark.slow
+
 tokenizers = pytest.importorskip("tokenizers")
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 SPECIAL = ["<pad>", "<s>", "</s>"]

@@ -13,6 +13,8 @@ from lorax.generation.warp import forbid_end, penalize_repeats, warp
 from tests.helpers.generation import ids_of
 from tests.helpers.lora import quick_jit
 
+pytestmark = pytest.mark.slow
+
 
 def logits_of(seed, rows=32, words=61):
     return 3 * np.random.default_rng(seed).standard_normal((rows, words)).astype(np.float32)

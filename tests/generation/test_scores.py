@@ -12,6 +12,8 @@ from lorax.errors import LoraxError
 from lorax.generation.nist import corpus_nist
 from lorax.generation.scores import METRICS, MTEVAL, score_texts
 
+pytestmark = pytest.mark.slow
+
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="there is no java")
 
 HYPOTHESES = [

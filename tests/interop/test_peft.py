@@ -17,6 +17,8 @@ from lorax.interop import load_peft, save_peft
 from lorax.lora import adapt, pad, resolve
 from lorax.models import load_model
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 24,

@@ -21,6 +21,8 @@ from lorax.lora.paths import leaf_path
 from lorax.models import DECODERS, quantize
 from tests.helpers.causal_zoo import load_lm, ragged, torch_logits, write_lm
 
+pytestmark = pytest.mark.slow
+
 LLAMAS = tuple(name for name in DECODERS if name != "gpt2")
 OURS = {
     "qv": LoraSpec(4, 8),

@@ -9,6 +9,8 @@ from lorax import LoraSpec, init
 from lorax.lora.initializers import INITIALIZERS
 from tests.helpers.lora import assert_bit_equal, assert_close, quick_jit
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(3)
 compiled_init = quick_jit(init, static_argnums=2)
 

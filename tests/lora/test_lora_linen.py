@@ -12,6 +12,8 @@ import lorax
 from tests.helpers.linen_zoo import CASES
 from tests.helpers.lora import assert_bit_equal, assert_close, fresh, observe
 
+pytestmark = pytest.mark.slow
+
 every_case = pytest.mark.parametrize("name", CASES)
 
 

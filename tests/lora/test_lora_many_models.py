@@ -19,6 +19,8 @@ from lorax.models.llama import LlamaConfig
 from tests.helpers.causal_zoo import GPT2, LLAMA, ragged
 from tests.helpers.lora import assert_close, quick_jit, randomised
 
+pytestmark = pytest.mark.slow
+
 PROFILE = settings.get_profile("lora")
 SPECS = (
     lorax.LoraSpec(1, 2, targets="q"),

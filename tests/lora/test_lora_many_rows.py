@@ -12,6 +12,8 @@ import lorax
 from tests.helpers.lora import assert_close, merged_model, nnx_params, quick_jit, randomised
 from tests.helpers.nnx_zoo import CASES, EinsumAttention
 
+pytestmark = pytest.mark.slow
+
 ROWS = (1, -1, 2, 0, 1)
 RANKS = {0: (1, "lora"), 1: (4, "rslora"), 2: (2, "lora")}
 every_case = pytest.mark.parametrize("name", CASES)

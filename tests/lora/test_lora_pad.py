@@ -14,6 +14,8 @@ import lorax
 from tests.helpers.lora import assert_bit_equal, assert_close, fresh, quick_jit
 from tests.helpers.nnx_zoo import CASES
 
+pytestmark = pytest.mark.slow
+
 PROFILE = settings.get_profile("lora")
 
 

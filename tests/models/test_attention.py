@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from lorax.models.attention import attend
 from lorax.models.dense import product
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.3
 
 

@@ -12,6 +12,8 @@ from lorax.models.functions import ACTIVATIONS, dropout
 from tests.helpers.encoders import NO_DROPOUT, compare, dropout_draws, random_classifier
 from tests.helpers.run_model import run
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {
     "model_type": "bert",
     "vocab_size": 61,

@@ -19,6 +19,8 @@ from lorax.models.families import DECODERS
 from tests.helpers.causal_zoo import SIDES, load_lm, ragged, torch_logits, write_lm
 from tests.helpers.run_model import quick_jit, run
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = {
     "llama": {},
     "mistral": {"sliding_window": 3},

@@ -23,6 +23,8 @@ from tests.helpers.encoders import (
 )
 from tests.helpers.run_model import run
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 24,

@@ -8,6 +8,8 @@ from lorax.models.gpt2 import Gpt2Config
 from tests.helpers.causal_zoo import GPT2, both_sides, load_lm, ragged, torch_logits, write_lm
 from tests.helpers.run_model import run
 
+pytestmark = pytest.mark.slow
+
 GIVEN = {"model_type": "gpt2", **GPT2}
 VARIANTS = [
     {},

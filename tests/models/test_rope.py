@@ -20,6 +20,8 @@ from tests.helpers.causal_zoo import (
 )
 from tests.helpers.run_model import run
 
+pytestmark = pytest.mark.slow
+
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

@@ -4,6 +4,8 @@ from experiments.ablation import AXES, trials
 from lorax.errors import LoraxError
 from lorax.trial_id import trial_id
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_default_grid_is_every_rank_rate_and_seed_beside_its_references():
     sweep = trials([])

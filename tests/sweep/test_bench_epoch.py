@@ -10,6 +10,8 @@ import peft_trial
 import pytest
 from bench_sweep import BenchError, default_data_dir, installed
 
+pytestmark = pytest.mark.slow
+
 HEADER = "index\tsentence1\tsentence2\tlabel\n"
 RTE = f"{HEADER}0\tOne .\tTwo .\tnot_entailment\n1\tÉ\u2028f .\tB\tentailment\n"
 

@@ -18,6 +18,8 @@ from lorax.train.lane import Lane
 from lorax.train.provenance import command_line
 from lorax.trial_id import recorded_content, trial_dir, trial_id
 
+pytestmark = pytest.mark.slow
+
 TRAIN = {"max_steps": 6, "checkpoint_every": 2, "eval_every": 6, "log_every": 1}
 KINDS = {
     "serial": lambda trials: [run_trial(trial) for trial in trials],

@@ -19,6 +19,8 @@ from lorax.train import run_trial
 from lorax.train.lane import Progress
 from lorax.trial_id import trial_dir, trial_id
 
+pytestmark = pytest.mark.slow
+
 PROPERTY = settings(max_examples=200, deadline=None, derandomize=True)
 
 

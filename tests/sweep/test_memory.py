@@ -12,6 +12,8 @@ from lorax.sweep.cost import trial_memory
 from lorax.sweep.memory import Memory, alternatives, memory_of, memory_table
 from lorax.train.setup import prepare
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

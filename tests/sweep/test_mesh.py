@@ -13,6 +13,8 @@ from lorax.config import MeshConfig
 from tests.helpers.programs import xla_flags
 from tests.helpers.world import write_wide_base
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
 EIGHT = xla_flags("--xla_force_host_platform_device_count=8")
 MESHES = [(8, 1, 1), (4, 2, 1), (2, 2, 2), (1, 1, 8)]

@@ -21,6 +21,8 @@ from lorax.sweep.pack import Pack
 from lorax.train import run_trial
 from lorax.trial_id import trial_dir, trial_id
 
+pytestmark = pytest.mark.slow
+
 TRAIN = {"max_steps": 12, "eval_every": 4, "checkpoint_every": 3, "log_every": 1}
 KINDS = ("plain", "halving")
 

@@ -15,6 +15,8 @@ from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.slow
+
 TRAIN = {"max_steps": 9, "eval_every": 3, "log_every": 1}
 ABSURD, HARMLESS = 1e30, 1e-3
 ADAPTERS = [

@@ -16,6 +16,8 @@ from lorax.train.schedule import lr_factor
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
+pytestmark = pytest.mark.slow
+
 FEW = settings(
     max_examples=3, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
 )

@@ -8,6 +8,8 @@ from lorax.sweep import run_packed
 from lorax.train import run_trial
 from tests.helpers.causal_zoo import write_lm_base, write_pairs
 
+pytestmark = pytest.mark.slow
+
 KINDS = (
     {"lora": {"rank": 1, "targets": "qv"}},
     {"lora": {"rank": 5, "targets": "all-linear", "alpha": 7.0}, "seed": 1},

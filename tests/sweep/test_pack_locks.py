@@ -12,6 +12,8 @@ import pytest
 from lorax.sweep import run_packed
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.slow
+
 GRID = ["-m", "hydra/launcher=packed", "train.log_every=1", "train.eval_every=5"]
 
 # The command; notes in a file which trials it begins and ends.
@@ -78,16 +80,16 @@ def wait_for(root, pattern, process):
 
 @pytest.mark.parametrize("most", [64, 2])
 def test_two_at_once_train_each_trial_once(world, tmp_path, most):
-    grid = ["lora.rank=1,2", "seed=0,1", "train.max_steps=20", f"sweep.max_trials={most}"]
+    grid = ["lora.rank=1,2", "seed=0,1", "train.max_steps=10", f"sweep.max_trials={most}"]
     for process in [start(world, tmp_path, *grid) for _ in range(2)]:
         end(process, 4)
-    assert steps(tmp_path) == [list(range(1, 21))] * 4
+    assert steps(tmp_path) == [list(range(1, 11))] * 4
     assert len(notes(tmp_path)) == 8 and set(notes(tmp_path).values()) == {1}
     assert len(list(tmp_path.glob("tiny/packs/*/pack.json"))) == (1 if most == 64 else 2)
 
 
 def test_when_one_of_two_dies_the_other_takes_over(world, tmp_path):
-    grid = ["lora.rank=1,2", "seed=0,1,2", "train.max_steps=60", "sweep.max_trials=2"]
+    grid = ["lora.rank=1,2", "seed=0,1,2", "train.max_steps=30", "sweep.max_trials=2"]
     processes = [start(world, tmp_path, *grid) for _ in range(2)]
     pack = wait_for(tmp_path, "tiny/packs/*/checkpoints/5", processes[0]).parents[1]
     holder = (pack / "lock").read_text().split()[1]
@@ -97,20 +99,20 @@ def test_when_one_of_two_dies_the_other_takes_over(world, tmp_path):
     first.communicate()
     assert not json.loads((pack / "pack.json").read_text()).get("is_over")
     end(second, 6)
-    assert steps(tmp_path) == [list(range(1, 61))] * 6
+    assert steps(tmp_path) == [list(range(1, 31))] * 6
     results = {name: n for name, n in notes(tmp_path).items() if name.endswith("result.json")}
     assert len(results) == 6 and set(results.values()) == {1}
 
 
 def test_a_held_pack_is_waited_for_and_its_trials_are_refused_alone(world, tmp_path):
-    grid = ["lora.rank=1,2", "train.max_steps=50"]
+    grid = ["lora.rank=1,2", "train.max_steps=25"]
     first = start(world, tmp_path, *grid)
     wait_for(tmp_path, "tiny/packs/*/checkpoints/5", first)
     first.send_signal(signal.SIGSTOP)
     try:
         second = start(world, tmp_path, *grid)
         alone = world.finetune(
-            *world.overrides(tmp_path, *GRID, "train.max_steps=50", "hydra/launcher=lorax_serial")
+            *world.overrides(tmp_path, *GRID, "train.max_steps=25", "hydra/launcher=lorax_serial")
         )
         while "waiting for it" not in (line := second.stdout.readline()):
             assert second.poll() is None, second.communicate()
@@ -124,7 +126,7 @@ def test_a_held_pack_is_waited_for_and_its_trials_are_refused_alone(world, tmp_p
     assert f"is being trained by another process (process {first.pid} on " in refusal
     assert refusal.endswith("); wait, or stop it")
     assert "goes on from step" in end(second, 2)
-    assert steps(tmp_path) == [list(range(1, 51))] * 2
+    assert steps(tmp_path) == [list(range(1, 26))] * 2
 
 
 def test_a_trial_that_another_holds_is_taken_over_when_that_one_dies(world, tmp_path):

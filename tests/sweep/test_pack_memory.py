@@ -39,7 +39,7 @@ sys.addaudithook(watch)
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
 at_the_door(lambda: run_packed(pickle.loads((root / "trials").read_bytes())))
 """
-LARGE = {"batch_size": 3600, "max_steps": 3, "eval_every": 1, "log_every": 1}
+LARGE = {"batch_size": 3600, "max_steps": 2, "eval_every": 1, "log_every": 1}
 
 
 def large_trials(world, root):
@@ -110,9 +110,9 @@ def test_it_goes_on_with_fewer_side_by_side(world, tmp_path, roomy):
     assert (code, err) == (0, "")
     name = Pack(tuple(trials), 0).name
     assert [line for line in out.splitlines() if line.startswith("pack")] == [
-        f"pack {name}: 4 trials, 3 steps",
+        f"pack {name}: 4 trials, 2 steps",
         f"pack {name} ran out of memory with 4 trials side by side: going on with 2 side by side",
-        f"pack {name} goes on from step 1 of 3",
+        f"pack {name} goes on from step 1 of 2",
     ]
     assert_same_numbers(trials, roomy)
     record = json.loads((tmp_path / "tiny" / "packs" / name / "pack.json").read_text())

@@ -21,6 +21,8 @@ from lorax.train.dataset import load_dataset
 from lorax.train.lane import Lane
 from lorax.train.measure import Meter
 
+pytestmark = pytest.mark.slow
+
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 LAYERS = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # entries of the tiny base's kernels
 

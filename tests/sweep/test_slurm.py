@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import pytest
 from lorax.trial_id import trial_dir
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
-sys.path.insert(0, str(Path(__file__).parent))
 from tests.helpers import fake_slurm
+
+pytestmark = pytest.mark.slow
 
 FINETUNE = ("-m", "experiments.finetune")
 LONG = ["lora.rank=1,2", "train.max_steps=600", "train.checkpoint_every=25", "train.eval_every=300"]

@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.programs import xla_flags
 from tests.helpers.world import write_wide_base
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).parents[1] / "helpers" / "mesh_worker.py"
 MESHES = [(4, 2, 1), (2, 2, 2)]  # six lanes, which 4 does not divide
 

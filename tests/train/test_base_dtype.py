@@ -13,6 +13,8 @@ from lorax.train.compiler import compiler_options
 from lorax.train.step import train_step
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.slow
+
 
 def is_quantized(node):
     return isinstance(node, Quantized)

@@ -12,6 +12,8 @@ from lorax.lora import LoraSpec
 from lorax.train import run_trial
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.slow
+
 LIMITED = """
 import json, resource, runpy, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))

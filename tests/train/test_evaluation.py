@@ -9,6 +9,8 @@ from lorax import data
 from lorax.train.engine import Solo
 from lorax.train.evaluation import predict_all, predict_split, score
 
+pytestmark = pytest.mark.slow
+
 
 def outputs_one_by_one(trial, encoded):
     length = int(encoded.lengths.max())

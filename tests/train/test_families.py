@@ -7,6 +7,8 @@ import pytest
 from lorax.models import ENCODERS
 from lorax.train import run_trial
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,

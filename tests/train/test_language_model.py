@@ -21,6 +21,8 @@ from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state, predict, train_step
 from tests.helpers.causal_zoo import load_lm, write_lm_base, write_pairs, write_text
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):

@@ -11,6 +11,8 @@ from lorax.lora.paths import leaves_by_path
 from lorax.train import optimizer
 from lorax.train.setup import hyper_of
 
+pytestmark = pytest.mark.slow
+
 
 def hyper(**changes):
     defaults = {"lr": 0.01, "weight_decay": 0.0, "clip_norm": None}

@@ -7,6 +7,8 @@ from lorax.train.measure import compiled_programs
 from lorax.train.step import predict
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.slow
+
 
 def losses(trial, epochs=2):
     return np.array([trial.step(batch) for batch in trial.batches(epochs)])

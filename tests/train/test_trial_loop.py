@@ -11,6 +11,8 @@ from lorax.train import run_trial
 from lorax.train.dataset import load_dataset
 from lorax.trial_id import trial_dir
 
+pytestmark = pytest.mark.slow
+
 
 def records(config, kind):
     lines = (trial_dir(config) / "metrics.jsonl").read_text().splitlines()

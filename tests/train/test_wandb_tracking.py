@@ -16,6 +16,8 @@ from lorax.train import run_trial
 from lorax.trial_id import trial_dir, trial_id
 from tests.helpers.signals import SignalAt
 
+pytestmark = pytest.mark.slow
+
 BLOCK, HEADER = 32768, 7
 FULL, LAST = 1, 4
 
