@@ -110,9 +110,9 @@ def test_it_goes_on_with_fewer_side_by_side(world, tmp_path, roomy):
     assert (code, err) == (0, "")
     name = Pack(tuple(trials), 0).name
     assert [line for line in out.splitlines() if line.startswith("pack")] == [
-        f"pack {name}: 4 trials, 2 steps",
+        f"pack {name}: 4 trials, 2 steps; compiling",
         f"pack {name} ran out of memory with 4 trials side by side: going on with 2 side by side",
-        f"pack {name} goes on from step 1 of 2",
+        f"pack {name} goes on from step 1 of 2; compiling",
     ]
     assert_same_numbers(trials, roomy)
     record = json.loads((tmp_path / "tiny" / "packs" / name / "pack.json").read_text())
@@ -167,8 +167,9 @@ def test_one_at_a_time_it_is_cut_into_two_packs(world, tmp_path, expected, monke
     assert "with 1 trial side by side: going on with packs of half the size" in caplog.text
     assert [result["status"] for result in results] == ["finished"] * 4 + ["diverged"]
     assert_same_numbers(trials, expected)
-    folders = {path.name.partition("-")[0]: path for path in (tmp_path / "tiny/packs").iterdir()}
-    assert folders.keys() == {"5", "2"} and len(list((tmp_path / "tiny/packs").iterdir())) == 3
+    places = list(tmp_path.glob("tiny/packs/*/"))
+    folders = {path.name.partition("-")[0]: path for path in places}
+    assert folders.keys() == {"5", "2"} and len(places) == 3
     assert all(json.loads((f / "pack.json").read_text())["is_over"] for f in folders.values())
     assert not list(tmp_path.glob("tiny/packs/*/checkpoints"))
 
@@ -207,9 +208,10 @@ def test_what_is_smaller(world, tmp_path):
     assert smaller_packs(pack, 3) == [Pack(trials, 1024, 1)]
     assert smaller_packs(pack, 1) == [Pack(trials[:3], 1024, 1), Pack(trials[3:], 1024, 1)]
     for trial in trials[:3]:
-        (trial_dir(trial) / "adapter").mkdir(parents=True)
+        trial_dir(trial).mkdir(parents=True)
         (trial_dir(trial) / "config.json").write_text("{}")
-        (trial_dir(trial) / "result.json").write_text('{"status": "finished"}')
+        ended = {"status": "diverged", "trial_id": trial_dir(trial).name}
+        (trial_dir(trial) / "result.json").write_text(json.dumps(ended))
     assert smaller_packs(pack, 1) == [Pack(trials[3:4], 1024, 1), Pack(trials[4:], 1024, 1)]
     with pytest.raises(LoraxError, match=f"trial {pack.ids[3]} does not fit"):
         smaller_packs(Pack(trials[3:4], 1024), 1)
