@@ -36,7 +36,7 @@ def _hydra_fault(fault: Exception) -> str:
     if override := getattr(fault, "override", None):  # one that does not parse
         if override.startswith("--"):
             return flag_fault(override)
-        return f"{override}: {_parse_error(lines)}"
+        return f"{override}: {_parse_error(override, lines)}"
     if key and key not in text:
         text = f"{key}: {text}"
     if options := _available(lines):
@@ -53,9 +53,12 @@ REMEDIES = {
 }
 
 
-def _parse_error(lines: Sequence[str]) -> str:
+def _parse_error(override: str, lines: Sequence[str]) -> str:
     """What Hydra's message says besides the override itself and a link."""
     said = [line for line in lines if not line.startswith(("Error parsing override", "See http"))]
+    if said and said[0].startswith("LexerNoViableAlt"):  # the name of an exception of its parser
+        name, _, value = override.partition("=")
+        return f"the value needs quotes: \"{name}='{value}'\""
     return said[0] if said else "not a setting and its value"
 
 

@@ -10,6 +10,7 @@ CASES = {
     "unknown key, added": (["+train.epoch=4"], r"'train.epoch' is not .*'train.epochs'"),
     "a name of the Trainer's": (["learning_rate=1e-3"], r"did you mean 'optimizer.lr'\?"),
     "a name of PEFT's": (["+lora.lora_alpha=8"], r"did you mean 'lora.alpha'\?"),
+    "a value without quotes": (["model.source=~a/x"], r"needs quotes: \"model.source='~a/x'\""),
     "a flag": (["--epochs=3"], "--epochs is not an option; .* name=value: train.epochs=3"),
     "a flag of PEFT's": (["--lora_r=8"], "--lora_r is not an option; .*: lora.rank=8"),
     "a sweep over a mapping": (
