@@ -269,15 +269,20 @@ def read_jsonl(path: Path) -> list[Record]:
     """The whole records of a file; a last line cut short by a kill is left out.
 
     Raises:
-      LoraxError: a line that is not JSON.
+      LoraxError: a line that is not the JSON of a record.
     """
     if not path.exists():
         return []
     records = []
     for number, line in enumerate(path.read_text(errors="replace").split("\n")[:-1], start=1):
+        if not line:
+            continue
         try:
-            records += [json.loads(line)] if line else []
-        except ValueError as fault:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("not a record of a step")
+            records.append(record)
+        except (ValueError, RecursionError) as fault:
             raise LoraxError(
                 f"{path}:{number} is damaged ({fault}); delete the trial's folder to run it again"
             ) from None

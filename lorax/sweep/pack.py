@@ -18,7 +18,8 @@ from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
 from lorax.sweep.words import counted
-from lorax.train.restore import CHECKPOINTS, pointed_to
+from lorax.tracking import METRICS, read_jsonl
+from lorax.train.restore import CHECKPOINTS, has_started, pointed_to
 from lorax.train.results import CUT, finished_result, read_result
 from lorax.trial_id import sweep_dir, trial_dir
 
@@ -206,14 +207,18 @@ def _folders(trials: Sequence[TrialConfig]) -> list[Path]:
 def without_damaged(
     trials: Sequence[TrialConfig],
 ) -> tuple[list[TrialConfig], dict[Path, LoraxError]]:
-    """The trials whose results are sound or still to come, and faults by the others' directories.
+    """The trials whose files are sound or still to come, and faults by the others' directories.
+
+    A trial without a result needs sound records where it goes on from a checkpoint.
 
     The faults are logged, so that the trials can be mended while the others are trained.
     """
     sound, damaged = [], {}
     for trial in trials:
         try:
-            read_result(trial_dir(trial))
+            directory = trial_dir(trial)
+            if read_result(directory) is None and has_started(directory):
+                read_jsonl(directory / METRICS)
             sound.append(trial)
         except LoraxError as fault:
             log.warning("left out: %s", fault)

@@ -7,6 +7,7 @@ import pytest
 
 from lorax.errors import LoraxError
 from lorax.sweep import run_packed, run_trials
+from lorax.sweep.pack import without_damaged
 from lorax.train.content import with_content
 from lorax.train.results import read_result
 from lorax.trial_id import trial_dir
@@ -82,6 +83,19 @@ def test_the_others_are_trained_and_the_damaged_are_named(world, tmp_path, caplo
     for n in (0, 2):
         (trial_dir(trials[n]) / "result.json").unlink()
     assert [result["status"] for result in run(trials)] == ["finished"] * 4
+
+
+@pytest.mark.parametrize("line", ["{", "5", "{}", '{"step": "1"}'])
+def test_damaged_records_leave_out_a_trial_that_goes_on_with_them(world, tmp_path, line):
+    goes_on, starts_over = (world.trial(tmp_path, seed=n) for n in range(2))
+    for trial in (goes_on, starts_over):
+        trial_dir(trial).mkdir(parents=True)
+        (trial_dir(trial) / "metrics.jsonl").write_text(f"{line}\n")
+    (trial_dir(goes_on) / "checkpoints").mkdir()
+    sound, damaged = without_damaged([goes_on, starts_over])
+    assert sound == [starts_over]
+    (fault,) = damaged.values()
+    assert str(fault).startswith(f"{trial_dir(goes_on)}/metrics.jsonl:1 is damaged (")
 
 
 def test_commands_end_with_counts_the_best_trial_and_what_to_do_next(world, tmp_path, cli):
