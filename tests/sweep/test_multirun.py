@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 GRID = ["-m", "lora.rank=1,2", "seed=0,1", "train.pad_rank=2"]
 
 

@@ -14,7 +14,7 @@ from lorax.train import run_trial
 from lorax.trial_id import trial_dir
 from tests.helpers.signals import SignalAt, lines
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")]
 TRAIN = {"max_steps": 60, "eval_every": 50, "log_every": 1}
 DROPOUT = {"name": "tiny", "dropout": 0.1}
 
