@@ -126,7 +126,7 @@ def at_a_door() -> Iterator[None]:
 def in_a_job() -> Iterator[None]:
     """In a job of submitit or Ray: their own handlers act once the step is saved.
 
-    Submitit's of SIGUSR2 has the job queued again, and its SIGTERM is told and passed over.
+    Submitit's of SIGUSR2 requeues the job; its handler of SIGTERM logs the signal and ignores it.
     """
     numbers = [signal.SIGTERM, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])]
     handlers = {number: signal.getsignal(number) for number in numbers}

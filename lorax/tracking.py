@@ -143,7 +143,7 @@ class Guarded:
     """A tracker whose faults cost no trial: each trial's first is a warning and ends its tracking.
 
     `wandb-pending.json` in the trial's directory tells from which step on the tracker has missed
-    records. Who opens the trial again, or calls `catch_up` after its end, makes up for them.
+    records. Opening the trial again, or `catch_up` after its end, sends them.
 
     Args:
       directory: the trial's, with its `metrics.jsonl`.
@@ -202,7 +202,7 @@ class Guarded:
 
 
 class Silent:
-    """A tracker that tells nobody."""
+    """A tracker that records nothing."""
 
     def log(self, record: Record) -> None:
         """Nothing."""

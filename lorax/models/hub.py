@@ -34,9 +34,8 @@ def resolve_source(source: str, revision: str | None = None, *, weights: bool = 
     Raises:
       LoraxError: neither a folder nor a repository that could be downloaded.
     """
-    for folder in _candidates(source):
-        if source and _is_folder(folder):
-            return folder
+    if folder := local_folder(source):
+        return folder
     if asset := re.fullmatch(r"assets/([\w.-]{1,96})(/.*)?", source):
         raise LoraxError(
             f"{one_line(source)} is not there yet: run `python scripts/fetch_assets.py {asset[1]}`"
@@ -67,7 +66,7 @@ def _candidates(source: str) -> list[Path]:
 
 def local_folder(source: str) -> Path | None:
     """The folder that a source names on this machine; None: there is none."""
-    return next((folder for folder in _candidates(source) if source and folder.is_dir()), None)
+    return next((folder for folder in _candidates(source) if source and _is_folder(folder)), None)
 
 
 def is_repository_id(source: str) -> bool:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lorax.config import TrialConfig
-from lorax.errors import LoraxError
 from lorax.goodness import goodness
 from lorax.sweep.serial import score_of
 from lorax.sweep.words import counted
-from lorax.train.results import read_result
+from lorax.train.results import sound_result
 from lorax.trial_id import sweep_dir, trial_dir
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def closing_lines(trials: Sequence[TrialConfig]) -> list[str]:
     A trial without a readable result counts as failed.
     """
     unique = {trial_dir(trial): trial for trial in trials}
-    results = {place: _result(place) for place in unique}
+    results = {place: sound_result(place) for place in unique}
     counts = Counter(result["status"] if result else "failed" for result in results.values())
     ends = ", ".join(f"{counts[end]} {end}" for end in ENDS if counts[end])
     lines = [f"{counted(len(unique), 'trial')}: {ends}"]
@@ -57,10 +56,3 @@ def _best_line(task: str, results: dict[Path, dict[str, Any]]) -> list[str]:
     metrics = {place: results[place]["metric"] for place in scored}
     best = max(scored, key=lambda place: goodness(metrics[place], scored[place]))
     return [f"best of {task} by {metrics[best]}, {scored[best]:.4f}: {best}"]
-
-
-def _result(place: Path) -> dict[str, Any] | None:
-    try:
-        return read_result(place)
-    except LoraxError:
-        return None

@@ -155,7 +155,7 @@ def _check_space(study: Any, spaces: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _alone(directory: Path, study: str) -> Iterator[None]:
-    """Hold a sweep's directory: what runs by a study that nobody else searches is stale."""
+    """Hold a sweep's directory: a trial that runs while no other process searches is stale."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(directory))

@@ -20,7 +20,7 @@ from lorax.lock import BusyError, locked
 from lorax.sweep.words import counted
 from lorax.tracking import METRICS, read_jsonl
 from lorax.train.restore import CHECKPOINTS, has_started, pointed_to
-from lorax.train.results import CUT, finished_result, read_result
+from lorax.train.results import CUT, finished_result, read_result, sound_result
 from lorax.trial_id import sweep_dir, trial_dir
 
 log = logging.getLogger(__name__)
@@ -178,25 +178,17 @@ def tidy(trials: Sequence[TrialConfig]) -> None:
 
 def _still_waits(record: dict[str, Any], members: Sequence[Path]) -> bool:
     """Whether a pack is planned by some command that will train its trials."""
-    return is_planned(record) and any(_sound_result(path) is None for path in members)
+    return is_planned(record) and any(sound_result(path) is None for path in members)
 
 
 def _is_needed(folder: Path, members: Sequence[Path]) -> bool:
     """Whether a trial goes on from a pack: one without a result, or one cut that has gone on."""
     checkpoints = folder.absolute() / CHECKPOINTS
     return any(
-        path in members if _sound_result(path) is None else pointed_to(path) == checkpoints
+        path in members if sound_result(path) is None else pointed_to(path) == checkpoints
         for path in folder.parents[1].iterdir()
-        if (_sound_result(path) or {"status": CUT})["status"] == CUT
+        if (sound_result(path) or {"status": CUT})["status"] == CUT
     )
-
-
-def _sound_result(directory: Path) -> dict[str, Any] | None:
-    """As `read_result`; None for a damaged result, too, which is deleted to go on."""
-    try:
-        return read_result(directory)
-    except LoraxError:
-        return None
 
 
 def _folders(trials: Sequence[TrialConfig]) -> list[Path]:

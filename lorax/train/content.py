@@ -156,7 +156,7 @@ def _content_now(config: TrialConfig) -> Content:
 
 
 def _base_content(source: str, revision: str | None) -> tuple[str | None, str | None]:
-    """(tokenizer's, base's) digests; None for what is not there, which loading it tells."""
+    """(tokenizer's, base's) digests; None for what is not there: loading it reports that."""
     try:
         if commit := _hub_commit(source, revision):
             return commit, commit  # of files that never change

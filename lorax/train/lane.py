@@ -34,7 +34,7 @@ class Progress:
 
 
 def _exit_code(fault: type[BaseException] | None) -> int:
-    """What a tracker is told of how a trial was left."""
+    """The exit code that a tracker records for a trial that was left."""
     if fault is None:
         return 0
     return FAILED if issubclass(fault, Exception) else INTERRUPTED

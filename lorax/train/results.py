@@ -74,6 +74,14 @@ def _entry(value: Any, path: list[Any]) -> Any:
     return value
 
 
+def sound_result(directory: Path) -> Result | None:
+    """The result as `read_result` gives it; None for a damaged one, too."""
+    try:
+        return read_result(directory)
+    except LoraxError:
+        return None
+
+
 def missing_parts(directory: Path, result: Result) -> list[str]:
     """The files that an ended trial leaves and that are not there; a diverged one's adapter may."""
     parts = ["config.json"] if result["status"] == "diverged" else ["config.json", "adapter"]

@@ -17,6 +17,7 @@ from lorax.models import BertConfig, CausalLM, KVCache, SequenceClassifier
 from lorax.models.gpt2 import Gpt2Config
 from lorax.models.llama import LlamaConfig
 from tests.helpers.causal_zoo import GPT2, LLAMA, ragged
+from tests.helpers.encoders import SMALL
 from tests.helpers.lora import assert_close, quick_jit, randomised
 
 pytestmark = pytest.mark.slow
@@ -28,20 +29,12 @@ SPECS = (
     lorax.LoraSpec(16, 16, targets="mlp", alpha_pattern={"down": 5}),
 )
 ROWS = (2, -1, 0, 1)
-BERT = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 32,
-}
 
 
 def build(name):
     rngs = nnx.Rngs(0)
     if name == "bert":
-        return SequenceClassifier(BertConfig(**BERT), 3, pooling="pooler", rngs=rngs)
+        return SequenceClassifier(BertConfig(**SMALL), 3, pooling="pooler", rngs=rngs)
     kinds = {"gpt2": (Gpt2Config, GPT2), "llama": (LlamaConfig, LLAMA)}
     config, sizes = kinds[name]
     return CausalLM(config.from_hf({"model_type": name, **sizes}), rngs=rngs)

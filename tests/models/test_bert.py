@@ -9,20 +9,12 @@ from lorax.errors import LoraxError
 from lorax.models import BertConfig, SequenceClassifier, abstract_model
 from lorax.models.attention import attend
 from lorax.models.functions import ACTIVATIONS, dropout
-from tests.helpers.encoders import NO_DROPOUT, compare, dropout_draws, random_classifier
+from tests.helpers.encoders import NO_DROPOUT, SMALL, compare, dropout_draws, random_classifier
 from tests.helpers.run_model import run
 
 pytestmark = pytest.mark.slow
 
-CONFIG = {
-    "model_type": "bert",
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 32,
-}
+CONFIG = {"model_type": "bert", **SMALL}
 VARIANTS = [
     ("bert", {}),
     ("bert", {"num_attention_heads": 1, "hidden_act": "relu"}),

@@ -14,6 +14,7 @@ from lorax.models import hf_module
 from lorax.models.deberta import DebertaConfig, relative_rows
 from tests.helpers.encoders import (
     NO_DROPOUT,
+    SMALL,
     compare,
     dropout_draws,
     encoded_texts,
@@ -25,14 +26,6 @@ from tests.helpers.run_model import run
 
 pytestmark = pytest.mark.slow
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 32,
-}
 V3 = {
     "relative_attention": True,
     "pos_att_type": "p2c|c2p",
@@ -41,7 +34,7 @@ V3 = {
     "norm_rel_ebd": "layer_norm",
     "position_biased_input": False,
 }
-CONFIG = {"model_type": "deberta-v2", **SIZES}
+CONFIG = {"model_type": "deberta-v2", **SMALL}
 CONV = {"conv_kernel_size": 3, "conv_act": "gelu"}  # as the 1.5B model has it
 ONE_LAYER = {"num_hidden_layers": 1}
 UNSHARED = V3 | {"share_att_key": False}
@@ -220,7 +213,7 @@ def test_each_dropout_acts_alone(batch, site):
 def test_lora_groups_resolve(targets, a_layer):
     base = nnx.to_pure_dict(nnx.state(classifier(**V3 | CONV)))
     found = resolve(base, LoraSpec(rank=2, targets=targets))
-    assert len(found) == a_layer * SIZES["num_hidden_layers"]
+    assert len(found) == a_layer * SMALL["num_hidden_layers"]
     assert all(path.startswith("encoder.layers.") for path in found)
 
 

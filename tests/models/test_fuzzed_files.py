@@ -17,16 +17,12 @@ from lorax.models import FAMILIES, hub, load_checkpoint, load_config, resolve_so
 from lorax.models.convert import find_weights
 from lorax.models.hub import open_checkpoint
 from tests.helpers.causal_zoo import GPT2, LLAMA
+from tests.helpers.encoders import SMALL
 from tests.helpers.mutations import WORD, mutated_bytes, mutated_text, mutated_value
 
 LONGEST = 1500
 BERT = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 32,
+    **SMALL,
     "layer_norm_eps": 1e-12,
     "pad_token_id": 1,
     "hidden_act": "gelu",

@@ -15,6 +15,7 @@ from lorax.models.classifier import POOLINGS
 from lorax.models.mpnet import MPNetConfig, relative_buckets
 from tests.helpers.encoders import (
     NO_DROPOUT,
+    SMALL,
     compare,
     encoded_texts,
     outputs_alone,
@@ -25,15 +26,7 @@ from tests.helpers.run_model import run
 
 pytestmark = pytest.mark.slow
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 40,
-    "max_position_embeddings": 32,
-}
-CONFIG = {"model_type": "mpnet", **SIZES}
+CONFIG = {"model_type": "mpnet", **SMALL}
 VARIANTS = [
     {},
     {"num_attention_heads": 1, "hidden_act": "relu", "layer_norm_eps": 1e-5},
@@ -175,7 +168,7 @@ def test_each_dropout_acts_alone(batch, site, remat):
 def test_lora_groups_resolve(targets, a_layer):
     base = nnx.to_pure_dict(nnx.state(classifier()))
     found = resolve(base, LoraSpec(rank=2, targets=targets))
-    assert len(found) == a_layer * SIZES["num_hidden_layers"]
+    assert len(found) == a_layer * SMALL["num_hidden_layers"]
     assert all(path.startswith("encoder.layers.") for path in found)
 
 
