@@ -65,8 +65,22 @@ def room_for_programs():
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def shallow_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A base of one layer: what most tests train."""
     root = tmp_path_factory.mktemp("world")
     write_base(root / "base")
     write_glue(root / "glue", random.Random(0))
     return World(root / "base", root / "glue")
+
+
+@pytest.fixture(scope="session")
+def deep_world(shallow_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Two layers, for tests that tell them apart; such a module's `world` is this one."""
+    source = tmp_path_factory.mktemp("deep") / "base"
+    write_base(source, num_hidden_layers=2)
+    return World(source, shallow_world.data_dir)
+
+
+@pytest.fixture(scope="session")
+def world(shallow_world: World) -> World:
+    return shallow_world

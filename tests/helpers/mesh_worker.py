@@ -29,10 +29,9 @@ from lorax.config import (
 )
 from lorax.lora.paths import leaves_by_path
 from lorax.sweep.engine import PackEngine
-from lorax.sweep.program import Packed, packed_step
 from lorax.train.dataset import load_dataset
 from lorax.train.loop import collate_alike
-from lorax.train.mesh import AXES, make_mesh, shard_batch, shard_lanes
+from lorax.train.mesh import AXES, make_mesh
 from lorax.train.schedule import lr_factor
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
@@ -95,9 +94,9 @@ def train(configs, setups, sizes):
         "base": sum(x.nbytes for x in jax.tree.leaves(setups[0].frozen.params["base"])),
         "held": sorted(held_bytes(engine.frozen.params).values()),
     }
-    packed = Packed(engine.program, engine.side, mesh)
     if mesh:
-        facts["collectives"] = crossings(compiled_text(engine, packed, *steps[0]), sizes)
+        ((_, program, _),) = engine._programs.values()
+        facts["collectives"] = crossings(program.as_text(), sizes)
     losses, donated, placements = [], [], set()
     for hypers, batches in steps:
         old = jax.tree.leaves(engine.state)
@@ -122,15 +121,6 @@ def held_bytes(params):
         for shard in leaf.addressable_shards:
             held[shard.device.id] += shard.data.nbytes
     return held
-
-
-def compiled_text(engine, packed, hypers, batches):
-    """The optimised program of a step."""
-    hyper = type(hypers[0])(*(np.stack(values) for values in zip(*hypers, strict=True)))
-    batch = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
-    hyper, batch = shard_lanes(hyper, packed.mesh), shard_batch(batch, packed.mesh)
-    lowered = packed_step(packed).lower(engine.state, engine.frozen, hyper, batch)
-    return lowered.compile().as_text()
 
 
 def crossings(text, sizes):

@@ -6,9 +6,16 @@ import jax
 
 from lorax.process import cache_dir, cache_root
 
-# Most programs of a test run a few times on a few numbers: LLVM's optimizing costs more than it
-# saves. LORAX_TEST_XLA=production compiles as users do.
-QUICK = "--xla_backend_optimization_level=0"
+# Most programs of a test run a few times on a few numbers: optimizing costs more than it saves.
+# Of a cold compile, the fusion emitters are half, LLVM's optimizing and splitting a fifth.
+# LORAX_TEST_XLA=production compiles as users do.
+QUICK = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    )
+)
 # pytest-xdist runs a process on each core: more threads would wait for each other.
 ONE_THREAD = {"NPROC": "1", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 CACHE = cache_root() / "tests" / cache_dir().name  # programs hold for one kind of machine

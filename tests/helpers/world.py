@@ -22,7 +22,7 @@ BERT = {
     "architectures": ["BertModel"],
     "model_type": "bert",
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "max_position_embeddings": 40,
@@ -114,7 +114,7 @@ class World:
 
 
 def write_base(folder: Path, std: float = 0.2, **sizes: int) -> None:
-    """A random BERT, of two layers if not told otherwise, and a tokenizer of words."""
+    """A random BERT, of one layer if not told otherwise, and a tokenizer of words."""
     import json
 
     from safetensors.numpy import save_file

@@ -57,7 +57,7 @@ CASES = {
     "no such data": (["task.data_dir=/nowhere"], "task.data_dir='/nowhere' holds neither"),
     "malformed row": (["task.data_dir={broken}/row"], r"row/SST-2/train.tsv:7: 3 fields, exp"),
     "unknown label": (["task.data_dir={broken}/label"], r"label/SST-2/dev.tsv:3: unknown label"),
-    "weight missing": (["model.source={broken}/missing"], "missing .*layer.1.*query.weight"),
+    "weight missing": (["model.source={broken}/missing"], "missing .*layer.0.*query.weight"),
     "weight too many": (["model.source={broken}/extra"], "unexpected encoder.layer.2.odd"),
     "weight misshaped": (["model.source={broken}/shape"], r"query.weight has shape \(32, 31\)"),
     "weights cut short": (["model.source={broken}/cut"], "model.safetensors is damaged"),
@@ -87,7 +87,7 @@ def write_broken(world, root):
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    query = "encoder.layer.1.attention.self.query.weight"
+    query = "encoder.layer.0.attention.self.query.weight"
 
     def base(name, change):
         shutil.copytree(world.source, root / name)

@@ -18,6 +18,12 @@ from lorax.train.step import init_state
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(scope="session")
+def world(deep_world):
+    return deep_world
+
+
 FEW = settings(
     max_examples=3, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate)
 )

@@ -23,6 +23,12 @@ from lorax.train.measure import Meter
 
 pytestmark = pytest.mark.slow
 
+
+@pytest.fixture(scope="session")
+def world(deep_world):
+    return deep_world
+
+
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True)
 LAYERS = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # entries of the tiny base's kernels
 

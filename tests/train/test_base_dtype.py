@@ -16,6 +16,11 @@ from lorax.trial_id import trial_dir
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def world(deep_world):
+    return deep_world
+
+
 def is_quantized(node):
     return isinstance(node, Quantized)
 

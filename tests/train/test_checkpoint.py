@@ -9,6 +9,11 @@ from lorax.train import run_trial, spec_of
 from lorax.trial_id import trial_dir
 
 
+@pytest.fixture(scope="session")
+def world(deep_world):
+    return deep_world
+
+
 def tree():
     rng = np.random.default_rng(0)
     draw = rng.normal(size=(3, 5)).astype(np.float32)

@@ -10,6 +10,11 @@ from lorax.trial_id import trial_dir
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def world(deep_world):
+    return deep_world
+
+
 def losses(trial, epochs=2):
     return np.array([trial.step(batch) for batch in trial.batches(epochs)])
 

@@ -12,6 +12,11 @@ from lorax.train.dataset import load_dataset
 from lorax.train.setup import prepare
 
 
+@pytest.fixture(scope="session")
+def world(deep_world):
+    return deep_world
+
+
 def trained(config):
     leaves = leaves_by_path(prepare(config).trainable)
     return {path: np.asarray(leaf) for path, leaf in leaves.items()}

@@ -14,6 +14,11 @@ from lorax.trial_id import trial_dir
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="session")
+def world(deep_world):
+    return deep_world
+
+
 def records(config, kind):
     lines = (trial_dir(config) / "metrics.jsonl").read_text().splitlines()
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
