@@ -21,7 +21,7 @@ ablation: .venv/ready assets
 
 test: .venv/ready-test assets
 	@$(PYTEST) -m "not production"
-	@$(PYTEST) -m production tests/models tests/sweep tests/train
+	@$(PYTEST) -m production $$(grep -rl mark.production tests --include="test_*.py")
 
 # Without what imports PEFT or compares whole models with PyTorch's.
 test-fast: .venv/ready-test assets

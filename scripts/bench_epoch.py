@@ -95,6 +95,9 @@ class Clock:
     def set_postfix(self, shown: dict[str, str]) -> None:
         """What a bar would show."""
 
+    def set_postfix_str(self, shown: str) -> None:
+        """What a bar would show."""
+
 
 def lorax_epoch(options: argparse.Namespace, out: Path) -> Record:
     """One epoch by lorax's own loop, in this process; all shapes compiled beforehand."""

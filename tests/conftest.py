@@ -1,5 +1,6 @@
 """What all tests stand on: a small world, and a process that does not run out of memory maps."""
 
+import gc
 import random
 from pathlib import Path
 
@@ -16,6 +17,7 @@ APART = ("_kill.py", "_and_resume.py", "_memory.py", "_disk.py", "_disk_faults.p
 def pytest_configure(config: pytest.Config) -> None:
     """Compile as users do for the tests that ask for it: `pytest -m production`."""
     programs.prepare(is_production=config.option.markexpr == "production")
+    gc.set_threshold(50_000, 50, 100)  # tracing makes many objects, few of them in cycles
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,8 +55,6 @@ def room_for_programs():
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
-        import gc
-
         import jax
 
         from lorax.train import measure

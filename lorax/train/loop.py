@@ -50,6 +50,7 @@ class Loop:
         self.step, self._save, self._end, self._judge = step, save, end, judge
         self.full_steps: list[float] = []  # seconds of the steps of all lanes together
         self._width = len(lanes)
+        self._losses = np.full(len(lanes), np.nan, np.float32)  # of the step that was read last
         self._saved_step, self._saved_at = step, time.monotonic()
         self.train = lanes[0].config.train
         self.batches_per_epoch = lanes[0].batches_per_epoch
@@ -63,7 +64,7 @@ class Loop:
         """Train to the end; a signal that stops the process acts when the step is saved.
 
         Args:
-          bar: a progress bar with `update` and `set_postfix`.
+          bar: a progress bar with `update`, `set_postfix` and `set_postfix_str`.
         """
         with stop.training():
             self._run(bar)
@@ -95,7 +96,7 @@ class Loop:
             if seconds and not is_new:
                 self._add_step(seconds)
             if due:
-                self._pause(due)
+                self._pause(due, bar)
             if not self.alive():
                 break
             if self.step == self._saved_step:
@@ -133,17 +134,17 @@ class Loop:
 
     def _settle(self, number: int, rates: list[float], losses: jax.Array, bar: Any) -> None:
         """Wait for a step's losses and record them."""
-        values = self.engine.read(losses)
-        for lane, lr, loss in zip(self.lanes, rates, values, strict=True):
+        self._losses = self.engine.read(losses)
+        for lane, lr, loss in zip(self.lanes, rates, self._losses, strict=True):
             if lane.is_alive:
                 lane.settle(number, lr, float(loss))
         bar.update(1)
         if number % self.train.log_every == 0 or number == 1:
-            bar.set_postfix(self._postfix(values))
+            bar.set_postfix(self._postfix())
         self.end_lanes()
 
-    def _postfix(self, losses: np.ndarray) -> dict[str, str]:
-        shown = {"loss": f"{np.median(losses):.3f}"}
+    def _postfix(self) -> dict[str, str]:
+        shown = {"loss": f"{np.median(self._losses):.3f}"}
         if len(self.lanes) > 1:
             shown["trials"] = str(len(self.alive()))
         best = max(self.lanes, key=lambda lane: lane.standing)
@@ -169,9 +170,11 @@ class Loop:
         standing = f"{at}; the same command goes on from there" if self.step else AT_THE_START
         stop.act(standing)
 
-    def _pause(self, due: str) -> None:
+    def _pause(self, due: str, bar: Any) -> None:
         if due == "evaluation" and self.alive():
+            bar.set_postfix_str("evaluating")
             self._evaluate()
+            bar.set_postfix(self._postfix())
             self._judge(self)
         if any(not lane.progress.reason for lane in self.lanes):
             self._save(self)  # weights that are not finite are not worth going on from

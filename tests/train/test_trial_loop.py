@@ -1,4 +1,7 @@
+import io
+import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -129,3 +132,17 @@ def test_one_process_at_a_time(world, tmp_path):
         other.kill()
         other.wait()
     assert run_trial(config)["status"] == "finished"  # a dead process holds nothing
+
+
+def test_the_bar_says_what_takes_long(world, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    train = {"max_steps": 2, "eval_every": 1, "log_every": 1}
+    run_trial(world.trial(tmp_path, tracking={"kind": "jsonl"}, train=train))
+    shown = re.findall(r"/2, (\w+)", sys.stderr.getvalue())
+    order = [name for name, _ in itertools.groupby(shown)]
+    assert order == ["compiling", "loss", "evaluating", "loss", "evaluating", "loss"]
