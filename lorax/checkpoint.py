@@ -171,14 +171,22 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Have a rename in a folder reach the disk; not on Windows, whose folders cannot be opened."""
-    if os.name == "nt":
+def sync_all(path: Path) -> None:
+    """Have a file, or a folder and all that it holds, reach the disk."""
+    for held in path.rglob("*"):
+        _sync(held)
+    _sync(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, reach the disk."""
+    if os.name == "nt":  # Windows opens no folders, and files for writing only
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as fault:

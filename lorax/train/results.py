@@ -6,10 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lorax.checkpoint import save_adapter, write_json
+from lorax.checkpoint import save_adapter, sync_all, write_json
 from lorax.errors import LoraxError
 from lorax.lora import count_bytes, unpad
-from lorax.tracking import finite
+from lorax.tracking import METRICS, finite
 from lorax.train.content import with_content
 from lorax.train.lane import Lane
 from lorax.train.measure import environment
@@ -108,6 +108,8 @@ def write_result(lane: Lane) -> Result:
     adapter = lane.directory / "adapter"
     adapter_bytes = _save_adapter(adapter, lane)
     result = _result(lane, adapter_bytes)
+    for path in filter(Path.exists, (adapter, lane.directory / METRICS)):
+        sync_all(path)  # a result that outlives a loss of power says that these are whole
     write_json(lane.directory / RESULT, result)
     lane.tracker.finish(result, adapter)
     return result

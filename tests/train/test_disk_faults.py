@@ -1,5 +1,6 @@
 """A disk that cannot be written: one line that names the place, exit status 2."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +86,20 @@ def test_no_space_left_is_an_os_error_that_names_the_place(small_disk):
     lora = {"lora": {"q.kernel": {"a": big["x"], "b": big["x"]}}}
     with pytest.raises(OSError, match="No space left on device"):
         save_adapter(small_disk / "adapter", lora, LoraSpec(), {})
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+def test_all_that_a_result_speaks_of_reaches_the_disk_before_it(world, tmp_path, monkeypatch):
+    directory, sync, events = trial_dir(world.trial(tmp_path)), os.fsync, []
+
+    def noted(handle):
+        events.append(Path(f"/proc/self/fd/{handle}").readlink())
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    run_trial(world.trial(tmp_path))
+    result = events.index(directory / "result.json.partial")
+    assert events[result + 1] == directory  # its new name, too
+    files = {path for path in (directory / "adapter").rglob("*") if path.is_file()}
+    assert len(files) > 3
+    assert files | {directory / "adapter", directory / "metrics.jsonl"} <= set(events[:result])
