@@ -5,7 +5,6 @@ Every Hydra application of an environment imports it, so lorax and JAX wait unti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
@@ -19,14 +18,12 @@ class PackedLauncher(BasicLauncher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Train the packs, then let Hydra write what it writes for each job."""
+        from lorax.sweep.composer import trials_of
         from lorax.sweep.launcher import launch_packed
 
-        self.task_function = ended = launch_packed(self._compose, job_overrides)
+        trials = trials_of(self.hydra_context, self.config, job_overrides)
+        self.task_function = ended = launch_packed(trials)
         return ended.close(super().launch(job_overrides, initial_job_idx))
-
-    def _compose(self, overrides: Sequence[str]) -> Any:
-        assert self.hydra_context is not None and self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
 
 
 @dataclass

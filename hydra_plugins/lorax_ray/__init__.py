@@ -33,20 +33,16 @@ class PackedRayLauncher(BasicLauncher):
           LoraxError: the extra is not installed; or see `connect` and `run_jobs`.
         """
         from lorax.errors import LoraxError
+        from lorax.sweep.composer import trials_of
         from lorax.sweep.launcher import launch_jobs
         from lorax.sweep.on_ray import connect, submit
 
         if importlib.util.find_spec("ray") is None:
             raise LoraxError("hydra/launcher=packed_ray needs an extra: pip install -e '.[ray]'")
         connect(self.options)
-        self.task_function = ended = launch_jobs(
-            self._compose, lambda jobs: submit(jobs, self.options), job_overrides
-        )
+        trials = trials_of(self.hydra_context, self.config, job_overrides)
+        self.task_function = ended = launch_jobs(trials, lambda jobs: submit(jobs, self.options))
         return ended.close(super().launch(job_overrides, initial_job_idx))
-
-    def _compose(self, overrides: Sequence[str]) -> Any:
-        assert self.hydra_context is not None and self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
 
 
 @dataclass

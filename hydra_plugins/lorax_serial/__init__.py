@@ -5,7 +5,6 @@ Every Hydra application of an environment imports it, so lorax and JAX wait unti
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
@@ -19,13 +18,11 @@ class SerialLauncher(BasicLauncher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Check all trials, then run them under a progress bar."""
+        from lorax.sweep.composer import trials_of
         from lorax.sweep.launcher import launch
 
-        return launch(self._compose, super().launch, job_overrides, initial_job_idx)
-
-    def _compose(self, overrides: Sequence[str]) -> Any:
-        assert self.hydra_context is not None and self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        trials = trials_of(self.hydra_context, self.config, job_overrides)
+        return launch(trials, super().launch, job_overrides, initial_job_idx)
 
 
 @dataclass

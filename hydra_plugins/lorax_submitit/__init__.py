@@ -43,6 +43,7 @@ class PackedSubmititLauncher(BasicLauncher):
           LoraxError: the extra is not installed; or see `run_jobs`.
         """
         from lorax.errors import LoraxError
+        from lorax.sweep.composer import trials_of
         from lorax.sweep.launcher import launch_jobs
         from lorax.sweep.slurm import submit
 
@@ -50,14 +51,11 @@ class PackedSubmititLauncher(BasicLauncher):
             raise LoraxError(
                 f"hydra/launcher={self.name} needs an extra: pip install -e '.[slurm]'"
             )
+        trials = trials_of(self.hydra_context, self.config, job_overrides)
         self.task_function = ended = launch_jobs(
-            self._compose, lambda jobs: submit(jobs, self.cluster, self.options), job_overrides
+            trials, lambda jobs: submit(jobs, self.cluster, self.options)
         )
         return ended.close(super().launch(job_overrides, initial_job_idx))
-
-    def _compose(self, overrides: Sequence[str]) -> Any:
-        assert self.hydra_context is not None and self.config is not None
-        return self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
 
 
 class PackedSlurmLauncher(PackedSubmititLauncher):

@@ -1,12 +1,13 @@
 """The door between Hydra and the library: DictConfig in, dataclasses out, faults in one line."""
 
 import contextlib
+import copy
 import itertools
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_original_cwd
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 from lorax import stop
@@ -39,16 +40,53 @@ def config_of(config: DictConfig) -> TrialConfig:
     Raises:
       LoraxError: a missing or ill-typed value.
     """
+    trial = _typed_already(config) or _by_schema(config)
+    return with_content(trial)
+
+
+def _by_schema(config: DictConfig) -> TrialConfig:
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     plain.pop("hydra", None)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(TrialConfig), plain)
-        trial = OmegaConf.to_object(typed)
+        trial = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrialConfig), plain))
     except OmegaConfBaseException as fault:
         raise LoraxError(one_line(fault)) from fault
     assert isinstance(trial, TrialConfig)
-    return with_content(trial)
+    return trial
+
+
+def _typed_already(config: DictConfig) -> TrialConfig | None:
+    """The trial of a config that was merged into the schema, as Hydra's are; None for others.
+
+    Merging takes most of the time. None also for a config with a fault, which merging names.
+    """
+    names = {field.name for field in fields(TrialConfig)}
+    if OmegaConf.get_type(config) is not TrialConfig or {*config} - {"hydra"} != names:
+        return None
+    try:
+        trial = OmegaConf.to_object(without_hydra(config) if "hydra" in config else config)
+    except OmegaConfBaseException:
+        return None
+    assert isinstance(trial, TrialConfig)
+    return trial if _has_own_fields_alone(trial) else None
+
+
+def _has_own_fields_alone(value: Any) -> bool:
+    """Whether a dataclass instance has no attribute that its class lacks, at any depth."""
+    if not is_dataclass(value):
+        return True
+    own = vars(value)
+    is_exact = own.keys() == {field.name for field in fields(value)}
+    return is_exact and all(map(_has_own_fields_alone, own.values()))
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy of a config without Hydra's own part."""
+    rest = copy.deepcopy(config)
+    with flag_override(rest, ["struct", "readonly"], False):
+        del rest["hydra"]
+    return rest
 
 
 def register() -> None:

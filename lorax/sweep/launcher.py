@@ -19,19 +19,18 @@ from lorax.trial_id import trial_dir
 
 log = logging.getLogger(__name__)
 Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
-Compose = Callable[[Sequence[str]], Any]
 
 
 def launch(
-    compose: Compose,
+    trials: Sequence[TrialConfig],
     run: Launch,
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
 ) -> Sequence[JobReturn]:
-    """Compose and check all of a sweep's trials, then run them one after another.
+    """Check all of a sweep's trials, then run them one after another.
 
     Args:
-      compose: from a job's overrides to its config.
+      trials: a trial for each job.
       run: Hydra's basic launcher.
       job_overrides: what each job overrides.
       initial_job_idx: number of the first job.
@@ -42,7 +41,6 @@ def launch(
     Raises:
       LoraxError: a trial that cannot run; nothing has been trained then.
     """
-    trials = [config_of(compose(overrides)) for overrides in job_overrides]
     show_plan_if_asked(trials)
     refuse_halving(trials)
     check_trials(trials)
@@ -85,28 +83,22 @@ class Ended:
         return with_quiet_faults(returns)
 
 
-def launch_packed(compose: Compose, job_overrides: Sequence[Sequence[str]]) -> Ended:
+def launch_packed(trials: Sequence[TrialConfig]) -> Ended:
     """Train all of a sweep's trials in packs.
-
-    Args:
-      compose: from a job's overrides to its config.
-      job_overrides: what each job overrides.
 
     Raises:
       LoraxError: see `run_packed`; a damaged result is raised by the task function.
       SystemExit: after a plan has been printed.
     """
-    trials = [config_of(compose(overrides)) for overrides in job_overrides]
     show_plan_if_asked(trials)
     return Ended(trials, run_sound(trials))
 
 
-def launch_jobs(compose: Compose, submit: Submit, job_overrides: Sequence[Sequence[str]]) -> Ended:
+def launch_jobs(trials: Sequence[TrialConfig], submit: Submit) -> Ended:
     """As `launch_packed`, with the training in a cluster's jobs, which `submit` starts.
 
     The task function raises a LoraxError for a trial that a failed job has left open.
     """
-    trials = [config_of(compose(overrides)) for overrides in job_overrides]
     if any(trial.sweep.plan for trial in trials):
         raise LoraxError(
             "sweep.plan=true plans for the devices of this machine: give it on one of the "
