@@ -8,15 +8,18 @@ enter `at_a_door` or `in_a_job`.
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 Act = Callable[[int, str], Any]  # gets a signal's number and what is saved, in words
 NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+TOGETHER = 0.1  # seconds; no user is as fast
 
 
 class Stopped(KeyboardInterrupt):
@@ -40,23 +43,23 @@ class _Signals:
 
     Attributes:
       acts: what each handled signal does in the end.
-      noted: the signal that waits for a loop, or that is ending the process.
+      noted: signals that wait for a loop, or of which the first is acting; none stands twice.
       loops: training loops that run.
       has_trained: whether there was one.
     """
 
     def __init__(self) -> None:
         self.acts: dict[int, Act] = {}
-        self.noted: int | None = None
+        self.noted: list[int] = []
         self.loops = 0
         self.has_trained = False
 
     def receive(self, number: int, frame: Any) -> None:
         """Python's handler."""
-        if self.noted is not None:
-            return
-        self.noted = number
-        if self.loops:
+        is_alone = not self.noted
+        if number not in self.noted:
+            self.noted.append(number)
+        if self.loops or not is_alone:
             return
         standing = _outside_of_training(self.has_trained)
         if self.acts[number] is _stop and _is_within_jax(frame):
@@ -64,10 +67,11 @@ class _Signals:
         self.act(standing)
 
     def act(self, standing: str) -> None:
-        """Do what the noted signal is for; one that returns may come again."""
-        if self.noted is not None:
-            self.acts[self.noted](self.noted, standing)
-            self.noted = None
+        """Do what the noted signals are for, in turn; one that returns may come again."""
+        while self.noted:
+            number = self.noted[0]
+            self.acts[number](number, standing)
+            self.noted.remove(number)
 
 
 _SIGNALS = _Signals()
@@ -75,11 +79,11 @@ _SIGNALS = _Signals()
 
 def is_asked() -> bool:
     """Whether a signal waits for the training loop."""
-    return _SIGNALS.noted is not None
+    return bool(_SIGNALS.noted)
 
 
 def act(standing: str) -> None:
-    """Let the signal act that waits, if any.
+    """Let the signals act that wait, if any.
 
     Args:
       standing: what is saved, in words.
@@ -105,7 +109,8 @@ def at_a_door() -> Iterator[None]:
     """In an entry point: SIGINT and SIGTERM raise `Stopped`; a second one ends the process at once.
 
     The second one is taken by a thread, since Python's own handlers wait for a compiler's or a
-    step's return.
+    step's return. Signals within `TOGETHER` are one: a program that starts others may signal both
+    the process and its group.
     """
     with _handled(dict.fromkeys(NAMES, _stop)) as is_handled:
         if not is_handled or sys.platform == "win32":
@@ -173,7 +178,7 @@ def _handled(acts: Mapping[int, Act]) -> Iterator[bool]:
         for number, handler in before.items():
             signal.signal(number, handler)
             del _SIGNALS.acts[number]
-        _SIGNALS.noted = None
+        _SIGNALS.noted.clear()
 
 
 def _is_within_jax(frame: Any) -> bool:
@@ -195,11 +200,12 @@ def _handler_act(handler: Callable[[int, Any], Any]) -> Act:
 
 def _watch(reading: int) -> None:
     """End the process at the second signal that comes through a pipe; end with the pipe."""
-    count = 0
-    while numbers := os.read(reading, 64):
-        count += sum(number in NAMES for number in numbers)
-        if count > 1:
-            os._exit(status_of(numbers[-1]))
+    first = math.inf  # when it came
+    while received := os.read(reading, 64):
+        if numbers := [number for number in received if number in NAMES]:
+            if time.monotonic() - first > TOGETHER:
+                os._exit(status_of(numbers[-1]))
+            first = min(first, time.monotonic())
     os.close(reading)
 
 

@@ -121,6 +121,23 @@ def test_a_jobs_own_handler_acts_when_the_step_is_saved(world, tmp_path, whole):
     assert outcome(trial) == whole
 
 
+def test_of_a_jobs_signals_that_wait_together_none_is_lost():
+    """A preempted job of Slurm gets SIGTERM, which submitit passes over, and SIGUSR2, too."""
+    acted = []
+    numbers = (signal.SIGTERM, signal.SIGUSR2)
+    before = {n: signal.signal(n, lambda number, _: acted.append(number)) for n in numbers}
+    try:
+        with stop.in_a_job(), stop.training():
+            for number in (*numbers, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert stop.is_asked() and acted == []
+            stop.act("saved")
+            assert acted == list(numbers) and not stop.is_asked()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_checkpoints_by_minutes_change_nothing_else(world, tmp_path):
     often, never = (
         world.trial(tmp_path / name, train={"checkpoint_minutes": minutes, "log_every": 1})
@@ -151,21 +168,23 @@ def watch(word, act):
             now()
     sys.addaudithook(hook)
 
-def kill(*numbers, after=0.0, held=0.0):
+def kill(*numbers, after=0.0, held=0.0, apart=0.3):  # two that wait at a time are one
     def act():
         time.sleep(after)
         for number in numbers:
             os.kill(os.getpid(), number)
-            time.sleep(0.3)  # two that wait at a time are one
+            time.sleep(apart)
         time.sleep(held)  # what the moment is in does not go on
     return act
 
-def kill_later(*numbers, after):
-    return threading.Thread(target=kill(*numbers, after=after), daemon=True).start
+def kill_later(*numbers, **options):
+    return threading.Thread(target=kill(*numbers, **options), daemon=True).start
+
+BOTH = signal.SIGTERM, signal.SIGTERM  # as of a program that signals a process and its group
 
 MOMENTS = {
     "reading": ("base/config.json", kill(signal.SIGINT)),
-    "compiling": ("config.json.partial", kill_later(signal.SIGTERM, after=0.3)),
+    "compiling": ("config.json.partial", kill_later(*BOTH, after=0.3, apart=0.01)),
     "twice": ("config.json.partial", kill_later(signal.SIGINT, signal.SIGINT, after=0.3)),
     "saving": ("4.orbax-checkpoint-tmp", kill(signal.SIGINT, signal.SIGINT, held=60)),
 }
