@@ -26,7 +26,7 @@ def trial_id(config: TrialConfig) -> str:
     >>> trial_id(TrialConfig(seed=1)).rsplit("-", 1)[0]
     'reviews-lora-r8-a16-qv-lr0.001-s1'
     """
-    return _name(_canonical_settings(config))
+    return _name(_canonical(_settings(config)))
 
 
 def trial_dir(config: TrialConfig) -> Path:
@@ -37,7 +37,7 @@ def trial_dir(config: TrialConfig) -> Path:
     """
     sweep = sweep_dir(config)
     place = sweep / trial_id(config)
-    if (place / "config.json").exists():
+    if (place / "config.json").exists() or not sweep.exists():
         return place
     earlier = (sweep / name for name in earlier_ids(config))
     return next((other for other in earlier if _has_trained(other, config)), place)
@@ -55,10 +55,12 @@ def earlier_ids(config: TrialConfig) -> list[str]:
     """
     without = dict.fromkeys(CONTENT.values())
     data = CONTENT["data"]
+    spelled = _settings(config)
+    canonical = _canonical(spelled)
     names = []
-    for settings in (_settings(config), _canonical_settings(config)):
+    for settings in (spelled, canonical):
         names += [_name(settings | without | {data: settings[data]}), _name(settings | without)]
-    own = trial_id(config)
+    own = _name(canonical)
     return [name for name in dict.fromkeys(names) if name != own]
 
 
@@ -99,9 +101,8 @@ def _settings(config: TrialConfig) -> Settings:
     return settings
 
 
-def _canonical_settings(config: TrialConfig) -> Settings:
+def _canonical(settings: Settings) -> Settings:
     """Settings without effect at their defaults, all others in one spelling."""
-    settings = _settings(config)
     found = effective(settings)
     return {key: found.get(key, DEFAULTS[key]) for key in settings}
 
@@ -134,16 +135,16 @@ def _hash(settings: Settings) -> str:
         part, _, field = key.rpartition(".")
         if key in ADDED and value == ADDED[key]:
             continue  # at what it was before it was added, it is not in a name
-        (nested.setdefault(part, {}) if part else nested)[field] = _canonical(value)
+        (nested.setdefault(part, {}) if part else nested)[field] = _plain(value)
     return hashlib.sha256(json.dumps(nested).encode()).hexdigest()[:8]
 
 
-def _canonical(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """One spelling of equal numbers; the order of a pattern's entries stays, as it counts."""
     if isinstance(value, dict):
-        return {name: _canonical(item) for name, item in value.items()}
+        return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_canonical(item) for item in value]
+        return [_plain(item) for item in value]
     is_int = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if is_int else value
 

@@ -11,7 +11,15 @@ import numpy as np
 from flax import nnx
 
 from lorax import data
-from lorax.config import LoraConfig, ModelConfig, TrialConfig
+from lorax.config import (
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    SweepConfig,
+    TaskConfig,
+    TrainConfig,
+    TrialConfig,
+)
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, count_params, init, mask_of, pad, resolve, split, trainable_mask
 from lorax.models import (
@@ -88,9 +96,30 @@ def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
     _check_length(config)
     load_dataset(config)
     if devices_are_here:
-        _load_model(config, jax.random.key(0))
+        mesh = dataclasses.astuple(config.sweep.mesh)
+        _check_model(cache_key(config.model), config.task.name, _storage(config.train), mesh)
     else:
         check_checkpoint(config.model, _outputs(config))
+
+
+def _storage(train: TrainConfig) -> tuple[str, str, str, bool]:
+    """What decides in which form a base is kept."""
+    return train.mode, train.precision, train.base_dtype, train.remat
+
+
+@lru_cache(maxsize=64)
+def _check_model(
+    model: tuple[tuple[str, Any], ...],
+    task: str,
+    storage: tuple[str, str, str, bool],
+    mesh: tuple[Any, ...],
+) -> None:
+    """Load a model once for all trials of a sweep that ask for it alike."""
+    mode, precision, base_dtype, remat = storage
+    train = TrainConfig(mode=mode, precision=precision, base_dtype=base_dtype, remat=remat)
+    sweep = SweepConfig(mesh=MeshConfig(*mesh))
+    trial = TrialConfig(TaskConfig(task), ModelConfig(**dict(model)), train=train, sweep=sweep)
+    _load_model(trial, jax.random.key(0))
 
 
 def _check_attention(config: TrialConfig) -> None:
