@@ -69,7 +69,7 @@ def recorded_content(directory: Path) -> dict[str, str]:
     try:
         config = json.loads((directory / "config.json").read_text())
         found = {part: _get(config, key) for part, key in CONTENT.items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
     return {part: digest for part, digest in found.items() if isinstance(digest, str)}
 

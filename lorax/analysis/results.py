@@ -79,8 +79,10 @@ class Trial:
         Trials record it. Of older ones a correlation of exactly 0 tells it; an accuracy does not.
         """
         best = self.result.get("best")
-        is_told = isinstance(best, Mapping) and bool(best.get("constant"))
-        return is_told or any(self.metrics().get(name) == 0.0 for name in CORRELATIONS)
+        if isinstance(best, Mapping) and best.get("constant"):
+            return True
+        is_older = "content" not in self.result
+        return is_older and any(self.metrics().get(name) == 0.0 for name in CORRELATIONS)
 
     def curve(self, kind: str, key: str) -> dict[int, float]:
         """The finite values of `key` by optimizer step, from the records of one `kind`."""
@@ -154,7 +156,7 @@ def _read_object(path: Path, warn: Callable[[str], None]) -> dict[str, Any] | No
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warn(f"{path.parent.name}/{path.name}: unreadable ({_one_line(error)})")
         return None
     if isinstance(value, dict):
@@ -170,7 +172,7 @@ def _read_lines(path: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any]
     for number, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
         try:
             record = json.loads(line) if line.strip() else {}
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             records.append(record)

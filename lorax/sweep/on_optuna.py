@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from lorax.errors import LoraxError
 from lorax.lock import BusyError, locked
 from lorax.sweep.words import counted
+from lorax.train.provenance import without_passwords
 
 log = logging.getLogger(__name__)
 
@@ -172,9 +173,10 @@ def _optuna_faults(options: Mapping[str, Any]) -> Iterator[None]:
     import optuna
     import sqlalchemy
 
-    place = f"study {options['study_name']!r} in hydra.sweeper.storage={options['storage']}"
+    storage = without_passwords(str(options["storage"]))
+    place = f"study {options['study_name']!r} in hydra.sweeper.storage={storage}"
     try:
         yield
     except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError) as fault:
-        reason = str(fault.__cause__ or fault).splitlines()[0]
+        reason = without_passwords(str(fault.__cause__ or fault).splitlines()[0])
         raise LoraxError(f"cannot use {place}: {reason}") from fault

@@ -21,7 +21,7 @@ SYNONYMS = {
     "max_grad_norm": "optimizer.clip_norm",
     "lr_scheduler_type": "optimizer.schedule",
     "lr_scheduler": "optimizer.schedule",
-    "warmup_steps": "optimizer.warmup_ratio",
+    "warmup_steps": "optimizer.warmup_ratio=0.1",
     "r": "lora.rank",
     "lora_r": "lora.rank",
     "lora_rank": "lora.rank",

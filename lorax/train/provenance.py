@@ -1,5 +1,6 @@
 """What a result was made by: the code, the command, the versions of packages."""
 
+import re
 import shlex
 import subprocess
 import sys
@@ -59,8 +60,17 @@ def code_commit() -> str | None:
 
 
 def command_line() -> str:
-    """The command that was given, as a shell takes it."""
-    return _GIVEN[-1] if _GIVEN else shlex.join(sys.orig_argv)
+    """The command that was given, as a shell takes it; without the passwords of addresses."""
+    return without_passwords(_GIVEN[-1] if _GIVEN else shlex.join(sys.orig_argv))
+
+
+def without_passwords(text: str) -> str:
+    """The text with the passwords of addresses hidden: results and logs are passed on.
+
+    >>> without_passwords("hydra.sweeper.storage=postgresql://me:secret@host/search")
+    'hydra.sweeper.storage=postgresql://me:***@host/search'
+    """
+    return re.sub(r"(://[^\s/:@]*):[^\s/@]+@", r"\1:***@", text)
 
 
 def set_command_line(command: str) -> None:

@@ -14,7 +14,7 @@ from lorax.analysis.figures import draw
 from lorax.analysis.findings import findings
 from lorax.analysis.groups import group_trials
 from lorax.analysis.report import build_report
-from lorax.analysis.results import read_sweep
+from lorax.analysis.results import Trial, read_sweep
 from lorax.errors import LoraxError
 from tests.helpers.synthetic_sweep import (
     make_config,
@@ -258,6 +258,12 @@ def test_constant_predictions_are_named(tmp_path, score, metric, point):
     assert "3 of 3 trials of ranks 1 and 2 predict the same for every dev example" in text
     assert any(line.startswith("3 of 5 finished trials predict the") for line in report.caveats)
     assert "predict the same" not in sentences(write_sweep(tmp_path / "other"))
+
+
+def test_a_correlation_of_exactly_zero_is_no_constant_where_trials_record_it():
+    result = {"status": "finished", "best": {"step": 1, "metrics": {"matthews": 0.0}}}
+    assert Trial("a", Path("a"), {}, result).is_constant
+    assert not Trial("a", Path("a"), {}, {**result, "content": {}}).is_constant
 
 
 def test_rates_that_do_as_well_are_no_edge_of_the_grid(tmp_path):

@@ -102,3 +102,11 @@ def test_missing_directory(tmp_path):
 def test_no_trials(tmp_path):
     with pytest.raises(LoraxError, match="no trials; expected"):
         read_sweep(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "metrics.jsonl"])
+def test_a_file_too_deep_to_read_is_a_warning(sweep, name):
+    path = next(sweep.glob(f"*/{name}"))
+    path.write_text(100_000 * "[" + 100_000 * "]")
+    (warning,) = read_sweep(sweep).warnings
+    assert f"{path.parent.name}/{name}" in warning
