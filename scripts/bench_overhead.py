@@ -12,6 +12,7 @@ composer and checks of all trials, in seconds.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,11 +24,10 @@ FEW = 16  # jobs that Hydra composes for its column
 
 def grid(count: int) -> list[list[str]]:
     """The overrides of so many jobs."""
-    settings = [(rank, lr) for rank in RANKS for lr in RATES]
+    values = ((seed, rank, lr) for seed in itertools.count() for rank in RANKS for lr in RATES)
     return [
-        [f"lora.rank={rank}", f"optimizer.lr={lr}", f"seed={n // len(settings)}"]
-        for n in range(count)
-        for rank, lr in [settings[n % len(settings)]]
+        [f"lora.rank={rank}", f"optimizer.lr={lr}", f"seed={seed}"]
+        for seed, rank, lr in itertools.islice(values, count)
     ]
 
 
@@ -55,20 +55,15 @@ def measure(count: int) -> dict[str, float]:
         loader = GlobalHydra.instance().config_loader()
         sweep = loader.load_configuration("finetune", [], RunMode.MULTIRUN)
         by_hydra = seconds(lambda job: config_of(loader.load_sweep_config(sweep, job)), jobs[:FEW])
-        start = time.process_time()
         composer = Composer(loader)
-        trials = [composer.trial(sweep, job) for job in jobs]
-        for job in jobs:
-            composer.load_sweep_config(sweep, job)
-        composed = time.process_time() - start
-    directories = seconds(trial_dir, trials)
-    start = time.process_time()
-    checked(trials)
+        composed = seconds(lambda job: composer.trial(sweep, job), jobs)
+        composed += seconds(lambda job: composer.load_sweep_config(sweep, job), jobs)
+        trials = [composer.trial(sweep, job) for job in jobs]  # kept since
     return {
         "Hydra, ms": by_hydra / len(jobs[:FEW]),
         "composer, ms": composed / count,
-        "directory, ms": directories / count,
-        "checks, ms": (time.process_time() - start) / count,
+        "directory, ms": seconds(trial_dir, trials) / count,
+        "checks, ms": seconds(checked, [trials]) / count,
     }
 
 
