@@ -1,6 +1,7 @@
 """`python -m experiments.style` on a tiny decoder: what it keeps, and what it refuses."""
 
 import json
+import logging
 import math
 
 import numpy as np
@@ -74,11 +75,11 @@ def test_plain_text_has_the_perplexity_of_transformers(ran):
     assert plain["before"] == pytest.approx(math.exp(total / tokens), rel=1e-5)
 
 
-def test_given_again_nothing_is_trained(ran, capsys):
+def test_given_again_nothing_is_trained(ran, caplog):
     before = ran[2].read_text()
-    style.main([*ran[1]])
-    said = capsys.readouterr()  # on which stream: as the first of this process set logging up
-    assert "finished, skipped" in said.out + said.err
+    with caplog.at_level(logging.INFO):
+        style.main([*ran[1]])
+    assert "finished, skipped" in caplog.text
     assert json.loads(before)["perplexity"] == json.loads(ran[2].read_text())["perplexity"]
 
 
