@@ -18,8 +18,9 @@ from hydra import compose, initialize_config_module
 from lorax.analysis.report import build_report, save_report
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.sweep import config_of, run_command, run_packed, show_plan_if_asked
-from lorax.trial_id import trial_dir
+from lorax.launch import config_of, run_command
+from lorax.runs.trial_id import trial_dir
+from lorax.sweep import run_packed, show_plan_if_asked
 
 RANKS = (1, 2, 4, 8, 16)
 LEARNING_RATES = {"head": (3e-3, 1e-2), "lora": (2e-3, 6e-3), "full": (5e-5, 2e-4)}

@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from lorax import data
-from lorax.checkpoint import write_json
 from lorax.config import TrialConfig
 from lorax.data.e2e import prompt_of, separator_of
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
 from lorax.generation.scores import METRICS, check_metrics, score_texts
+from lorax.launch import compose_trial, own_arguments, run_command
 from lorax.models import load_config, resolve_source
-from lorax.sweep import compose_trial, own_arguments, run_command, show_plan_if_asked
-from lorax.sweep.serial import run_and_tell
+from lorax.runs.files import write_json
+from lorax.runs.trial_id import trial_dir
+from lorax.sweep import show_plan_if_asked
+from lorax.sweep.run_serial import run_and_log
 from lorax.train.setup import prepare
 from lorax.train.trained import check_leaves_adapter, model_of, trained_part
-from lorax.trial_id import trial_dir
 
 # The paper's search, and the repeats that its code forbids.
 SEARCH: dict[str, Any] = {
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     base = resolve_source(trial.model.source, trial.model.revision)
     prompts = prompts_of(trial, base, list(references))
     show_plan_if_asked([trial])
-    result = run_and_tell(trial)
+    result = run_and_log(trial)
     if result["status"] == "diverged":
         raise LoraxError(f"the trial diverged ({result['reason']}): take a lower optimizer.lr")
     texts, folder = describe(trial, base, prompts), trial_dir(trial)

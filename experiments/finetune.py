@@ -8,14 +8,15 @@ one cut short goes on, when the same command is given again.
 """
 
 from lorax.config import TrialConfig
-from lorax.sweep import hydra_main, show_plan_if_asked
-from lorax.sweep.serial import objective, run_and_tell
+from lorax.launch import hydra_main
+from lorax.sweep import show_plan_if_asked
+from lorax.sweep.run_serial import objective, run_and_log
 
 
 def finetune(trial: TrialConfig) -> float:
     """Run a trial; the best value of the task's main metric, for a sweeper to maximise."""
     show_plan_if_asked([trial])
-    return objective(run_and_tell(trial))
+    return objective(run_and_log(trial))
 
 
 if __name__ == "__main__":

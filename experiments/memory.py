@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from hydra import compose, initialize_config_module
 
 from lorax.errors import LoraxError
-from lorax.sweep import config_of, run_command
-from lorax.sweep.memory import alternatives, memory_of, memory_table
+from lorax.launch import config_of, run_command
+from lorax.sweep.memory_table import alternatives, memory_of, memory_table
 
 
 def main(overrides: Sequence[str]) -> None:

@@ -20,20 +20,21 @@ from typing import Any
 import jax
 
 from lorax import data
-from lorax.checkpoint import write_json
 from lorax.config import TrialConfig
 from lorax.data.files import read_text
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
+from lorax.launch import compose_trial, own_arguments, run_command
 from lorax.models import load_config, resolve_source
-from lorax.sweep import compose_trial, own_arguments, run_command, show_plan_if_asked
-from lorax.sweep.serial import run_and_tell
+from lorax.runs.files import write_json
+from lorax.runs.trial_id import trial_dir
+from lorax.sweep import show_plan_if_asked
+from lorax.sweep.run_serial import run_and_log
 from lorax.train.dataset import Dataset, load_dataset
 from lorax.train.evaluation import predict_all
 from lorax.train.metrics import perplexity
 from lorax.train.setup import Setup, check_trial, prepare
 from lorax.train.trained import check_leaves_adapter, model_of, trained_part
-from lorax.trial_id import trial_dir
 
 SAMPLES, PROMPT_TOKENS = 3, 24
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "max_new_tokens": 64}
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str]) -> None:
     longest = min(trial.task.max_length, dataset.layout.row_length)  # of a short text's blocks
     plain = plain_text(trial, Path(own["plain"]) if "plain" in own else None, longest)
     show_plan_if_asked([trial])
-    result = run_and_tell(trial)
+    result = run_and_log(trial)
     if result["status"] == "diverged":
         raise LoraxError(f"the trial diverged ({result['reason']}): take a lower optimizer.lr")
     setup = prepare(trial)

@@ -1,7 +1,7 @@
 """The schema of a trial: plain dataclasses, the only form of configuration the library sees.
 
 Hydra composes and type-checks against these classes; `OmegaConf.to_object` turns the result
-into instances at the door (`lorax/sweep/cli.py`), so nothing below ever holds a DictConfig.
+into instances in `lorax/launch/application.py`, so nothing below ever holds a DictConfig.
 """
 
 from dataclasses import dataclass, field
@@ -254,7 +254,7 @@ class SweepConfig:
 
 @dataclass
 class TrialConfig:
-    """One training run. `lorax.trial_id` names its directory by a hash of this.
+    """One training run. `lorax.runs.trial_id` names its directory by a hash of this.
 
     Attributes:
       seed: of the data order, the initial adapter and head, and dropout.

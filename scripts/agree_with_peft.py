@@ -28,7 +28,6 @@ from peft_tables import LIBRARIES, Record, figures, print_tables, read_record
 from peft_trainer import PeftTrainer
 
 from lorax import data
-from lorax.checkpoint import write_json
 from lorax.config import (
     ModelConfig,
     OptimizerConfig,
@@ -40,6 +39,7 @@ from lorax.config import (
 from lorax.config import TrialConfig as Trial
 from lorax.errors import LoraxError
 from lorax.interop import save_peft
+from lorax.runs.files import write_json
 from lorax.train import check_trial, run_trial
 from lorax.train.dataset import Dataset, epoch_steps, load_dataset, total_steps
 from lorax.train.evaluation import predict_all
@@ -218,9 +218,11 @@ def train_by_lorax(config: Trial) -> Record:
     if result["status"] != "finished":
         raise LoraxError(f"seed {config.seed} by lorax did not finish: {result['reason']}")
     names = data.get_task(config.task.name).metrics
+    best, last = result["best"], result["last"]
+    assert best and last
     points = {
-        place: {name: result[place]["metrics"][name] for name in names}
-        for place in ("best", "last")
+        place: {name: evaluation["metrics"][name] for name in names}
+        for place, evaluation in (("best", best), ("last", last))
     }
     seconds = {"seconds": result["seconds_total"], "seconds_per_step": result["seconds_per_step"]}
     return points | seconds

@@ -104,7 +104,7 @@ def measure(depth: int, way: str, remat: bool, steps: int) -> str:
     import jax.numpy as jnp
     import numpy as np
 
-    from lorax.train.compiler import compiler_options
+    from lorax.runtime.compiler import compiler_options
 
     sides = make(depth, remat)
     compiler_options(keeps_barriers=remat)  # asks XLA what it knows, which takes a compilation

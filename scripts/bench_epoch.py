@@ -101,42 +101,46 @@ class Clock:
 
 def lorax_epoch(options: argparse.Namespace, out: Path) -> Record:
     """One epoch by lorax's own loop, in this process; all shapes compiled beforehand."""
-    from lorax.process import prepare_process
+    from lorax.runtime.process import prepare_process
 
     prepare_process()
-    from lorax.train.engine import Solo
+    from lorax.runs.trial import Trial
     from lorax.train.loop import Loop
+    from lorax.train.run_trial import open_run
     from lorax.train.setup import check_trial
-    from lorax.train.trial import find_start, open_lane
+    from lorax.train.single_engine import SingleEngine
+    from lorax.train.start import find_start
 
     trial = lorax_trial(options, out)
     check_trial(trial)
-    start = find_start(trial, out)
-    lane = open_lane(trial, out, start)
-    engine = Solo(lane.setup, start.state)
-    compile_shapes(engine, lane)
+    opened = Trial.of(trial)
+    opened.directory.mkdir(parents=True, exist_ok=True)
+    start = find_start(opened)
+    run = open_run(opened, start)
+    engine = SingleEngine(run.setup, start.state)
+    compile_shapes(engine, run)
     # No checkpoint and no result: they would come after the last step.
     loop = Loop(
-        lane.dataset,
-        [lane],
+        run.dataset,
+        [run],
         engine,
         step=0,
         save=lambda _: None,
-        end=lambda _, lane: lane.tracker.close(),
+        end=lambda _, run: run.tracker.close(),
     )
     setup, clock = time.perf_counter() - STARTED, Clock()
     loop.run(clock)
-    if lane.progress.reason or lane.progress.last is None:
-        raise BenchError(f"lorax diverged: {lane.progress.reason}")
-    assert lane.meter.compile_seconds == 0, "a shape was compiled in the time that counts"
-    examples = len(lane.dataset.train)
+    if run.progress.reason or run.progress.last is None:
+        raise BenchError(f"lorax diverged: {run.progress.reason}")
+    assert run.meter.compile_seconds == 0, "a shape was compiled in the time that counts"
+    examples = len(run.dataset.train)
     return {
         "examples": examples,
         "examples_per_second": examples / clock.seconds,
         "seconds_steps": clock.seconds,
         "seconds_setup": setup,
         "steps": clock.steps,
-        "last": lane.progress.last,
+        "last": run.progress.last,
     }
 
 
@@ -169,18 +173,18 @@ def lorax_trial(options: argparse.Namespace, out: Path) -> Any:
     )
 
 
-def compile_shapes(engine: Any, lane: Any) -> None:
+def compile_shapes(engine: Any, run: Any) -> None:
     """Compile the step for every shape of the epoch."""
     from lorax import data
     from lorax.train.loop import collate_alike
 
-    train, split, layout = lane.config.train, lane.dataset.train, lane.dataset.layout
+    train, split, layout = run.config.train, run.dataset.train, run.dataset.layout
     of_shape: dict[int, Any] = {}
-    for batch in data.train_batches(len(split), train.batch_size, seed=lane.config.seed, epoch=0):
+    for batch in data.train_batches(len(split), train.batch_size, seed=run.config.seed, epoch=0):
         rows = layout.rows_for(len(data.fit(split.lengths[batch], layout.row_length)))
         of_shape.setdefault(rows, batch)
     for batch in of_shape.values():
-        engine.compile([lane.hyper(0)], [collate_alike(lane.dataset, {0: batch}, train)[0]])
+        engine.compile([run.hyper(0)], [collate_alike(run.dataset, {0: batch}, train)[0]])
 
 
 def command(

@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--figure", type=Path, help="where the figure goes")
     options = parser.parse_args()
-    from lorax.process import prepare_process
+    from lorax.runtime.process import prepare_process
 
     prepare_process()
     columns = ("setting", "value", "mode", "ms a step", "MB")

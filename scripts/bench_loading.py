@@ -96,7 +96,7 @@ def be_measured(source: str, way: str, how: str) -> None:
     """Load, and print the parameters' bytes, the process's peak, and the seconds."""
     import jax
 
-    from lorax.train.measure import peak_rss
+    from lorax.runtime.memory import peak_rss
 
     start = time.perf_counter()
     found = load(source, at_once=how == "at once", is_loaded=how != "nothing", **WAYS[way])

@@ -5,7 +5,7 @@
 
 LoRA trials of the default encoder and data that differ in rank, rate and seed. `Hydra` is its own
 composition of a job, which a sweep once needed three times a trial; `composer` is lorax's
-(`lorax/sweep/composer.py`): the trial, and the whole config that Hydra's launcher writes down.
+(`lorax/launch/composer.py`): the trial, and the whole config that Hydra's launcher writes down.
 `directory` is one call of `trial_dir`, which hashes. `checks` are those of a packed sweep before
 its packs are planned; they call `trial_dir`, too. Milliseconds of CPU a trial; the last column is
 composer and checks of all trials, in seconds.
@@ -45,10 +45,10 @@ def measure(count: int) -> dict[str, float]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.types import RunMode
 
-    from lorax.sweep.cli import config_of
-    from lorax.sweep.composer import Composer
-    from lorax.sweep.packed import checked
-    from lorax.trial_id import trial_dir
+    from lorax.launch.application import config_of
+    from lorax.launch.composer import Composer
+    from lorax.runs.trial_id import trial_dir
+    from lorax.sweep.run_sweep import checked
 
     jobs = grid(count)
     with hydra.initialize_config_module("conf", version_base="1.3"):
@@ -74,8 +74,8 @@ def main() -> None:
     parser.add_argument("--trials", default="16,64,256", help="how many, a row each")
     counts = [int(count) for count in parser.parse_args().trials.split(",")]
 
-    from lorax.process import prepare_process
-    from lorax.sweep.cli import register
+    from lorax.launch.application import register
+    from lorax.runtime.process import prepare_process
 
     prepare_process()
     register()

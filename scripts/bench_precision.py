@@ -58,8 +58,8 @@ def trials(way: str, options: argparse.Namespace) -> list[Any]:
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train every seed; losses (seeds, steps), dev scores (seeds,), and the base."""
     from lorax.errors import LoraxError
+    from lorax.runs.trial_id import trial_dir
     from lorax.sweep import run_packed
-    from lorax.trial_id import trial_dir
 
     chosen = trials(way, options)
     run_packed(chosen)
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     options.out = options.out or Path(tempfile.mkdtemp(prefix="bench-precision-"))
     from lorax.errors import LoraxError
-    from lorax.process import prepare_process
+    from lorax.runtime.process import prepare_process
 
     prepare_process()
     for line in (COLUMNS, ["---"] * len(COLUMNS)):

@@ -53,13 +53,13 @@ class Step:
         import numpy as np
 
         from lorax import data
-        from lorax.train.engine import Solo
         from lorax.train.setup import hyper_of, prepare
+        from lorax.train.single_engine import SingleEngine
         from lorax.train.step import init_state
 
         self.setup, self.hyper = prepare(trial), hyper_of(trial)
         state = init_state(self.setup.trainable, self.hyper, self.setup.dropout_key)
-        self.engine, examples = Solo(self.setup, state), trial.train.batch_size
+        self.engine, examples = SingleEngine(self.setup, state), trial.train.batch_size
         draw = np.random.default_rng(0).integers(1000, 30000, (examples, length), np.int32)
         labels = np.arange(examples, dtype=np.int32) % 2
         encoded = data.Encoded(list(draw), [0 * x for x in draw], labels)
@@ -95,8 +95,8 @@ def lorax_step(precision: str, length: int, options: argparse.Namespace) -> dict
 
     from lorax.config import ModelConfig, TrainConfig, TrialConfig
     from lorax.models import load_config
-    from lorax.process import prepare_process
-    from lorax.train.measure import peak_rss
+    from lorax.runtime.memory import peak_rss
+    from lorax.runtime.process import prepare_process
 
     prepare_process()
     jax.config.update("jax_enable_compilation_cache", False)

@@ -58,7 +58,7 @@ LAUNCHERS = {"packed": "packed", "serial": "lorax_serial", "plain": "basic"}
 PEFT_WAYS = ("peft", "peft-malloc")
 WAYS = (*LAUNCHERS, "process", *PEFT_WAYS)
 DEFAULT_WAYS = ("packed", "plain", "process", "peft", "peft-malloc")
-# What lorax.process sets, as the environment says it.
+# What lorax.runtime.process sets, as the environment says it.
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",

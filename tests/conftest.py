@@ -57,9 +57,9 @@ def room_for_programs():
     if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
         import jax
 
-        from lorax.train import measure
+        from lorax.runtime import compiler
 
-        measure._COMPILED.clear()
+        compiler._COMPILED.clear()
         jax.clear_caches()
         gc.collect()
 

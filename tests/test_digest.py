@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from lorax import digest
 from lorax.errors import LoraxError
+from lorax.runtime import digest
 
 
 @pytest.fixture

@@ -6,50 +6,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASICS = {"errors", "config", "effective", "goodness"}
+BASICS = {"errors", "config", "effective", "metric_direction"}
+BELOW_TRAINING = BASICS | {"runtime", "lora", "models", "data", "runs"}
 MAY_IMPORT = {
     "errors": set(),
     "config": set(),
     "effective": set(),
-    "goodness": set(),
-    "digest": {"errors", "process"},
-    "lock": BASICS,
-    "process": set(),
-    "stop": set(),
-    "free_memory": set(),
-    "trial_id": BASICS,
-    "tracking": BASICS,
+    "metric_direction": set(),
+    "runtime": {"errors"},
     "lora": BASICS,
-    "models": BASICS | {"free_memory", "lora"},
-    "data": BASICS | {"digest"},
+    "models": BASICS | {"runtime", "lora"},
+    "data": BASICS | {"runtime"},
     "generation": BASICS | {"lora", "models", "data"},
-    "checkpoint": BASICS | {"lora"},
-    "train": BASICS
-    | {
-        "process",
-        "stop",
-        "digest",
-        "lock",
-        "trial_id",
-        "tracking",
-        "checkpoint",
-        "lora",
-        "models",
-        "data",
-    },
-    "sweep": BASICS
-    | {
-        "process",
-        "stop",
-        "free_memory",
-        "lock",
-        "trial_id",
-        "tracking",
-        "checkpoint",
-        "lora",
-        "data",
-        "train",
-    },
+    "runs": BASICS | {"runtime", "lora", "models", "data"},
+    "train": BELOW_TRAINING,
+    "sweep": BELOW_TRAINING | {"train"},
+    "launch": BELOW_TRAINING | {"train", "sweep"},
     "interop": BASICS | {"lora", "models"},
     "analysis": BASICS | {"lora"},
 }

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 FAULTS = """
 import resource, sys
 import numpy as np
-from lorax.process import keep_freed_memory
+from lorax.runtime.process import keep_freed_memory
 
 print(keep_freed_memory())
 for _ in range(2):
@@ -24,7 +24,7 @@ print(faults)
 # Compiles a program that takes a moment; prints where programs are kept.
 COMPILE = """
 import jax, jax.numpy as jnp
-from lorax.process import prepare_process
+from lorax.runtime.process import prepare_process
 
 prepare_process()
 def slow(x):
@@ -73,7 +73,7 @@ def test_compiled_programs_are_kept_for_the_next_process(tmp_path):
 def test_steps_wait_for_one_another():
     code = """
 import jax
-from lorax.process import PREPARED, prepare_process
+from lorax.runtime.process import PREPARED, prepare_process
 
 prepare_process()
 print(PREPARED["runs_a_step_at_a_time"])

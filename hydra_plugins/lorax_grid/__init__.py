@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper, which composes faster; see `lorax.sweep.composer`."""
+    """Hydra's basic sweeper, which composes faster; see `lorax.launch.composer`."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Share one composer with the launcher."""
-        from lorax.sweep.composer import share_composer
+        from lorax.launch.composer import share_composer
 
         super().setup(
             hydra_context=share_composer(hydra_context),
@@ -29,7 +29,7 @@ class GridSweeper(BasicSweeper):
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose each trial of a batch, which the launcher then finds composed."""
-        from lorax.sweep.composer import trials_of
+        from lorax.launch.composer import trials_of
 
         trials_of(self.hydra_context, self.config, batch)
 

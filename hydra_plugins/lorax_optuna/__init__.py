@@ -10,7 +10,7 @@ from hydra.plugins.sweeper import Sweeper
 
 
 class LoraxOptunaSweeper(Sweeper):
-    """hydra-optuna-sweeper, whose stored studies continue; see `lorax.sweep.on_optuna`.
+    """hydra-optuna-sweeper, whose stored studies continue; see `lorax.launch.optuna_search`.
 
     Options are those of hydra-optuna-sweeper, under `hydra.sweeper`.
     """
@@ -23,7 +23,7 @@ class LoraxOptunaSweeper(Sweeper):
         self.context = context
 
     def sweep(self, arguments: Sequence[str]) -> None:
-        """Search; see `lorax.sweep.on_optuna.search`."""
-        from lorax.sweep.on_optuna import search
+        """Search; see `lorax.launch.optuna_search.search`."""
+        from lorax.launch.optuna_search import search
 
         search(self.options, self.context, list(arguments))

@@ -12,14 +12,14 @@ from hydra.core.utils import JobReturn
 
 
 class PackedLauncher(BasicLauncher):
-    """All trials of a batch as packs, each one compiled program; see `lorax.sweep.packed`."""
+    """All trials of a batch as packs, each one compiled program; see `lorax.sweep.run_sweep`."""
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Train the packs, then let Hydra write what it writes for each job."""
-        from lorax.sweep.composer import trials_of
-        from lorax.sweep.launcher import launch_packed
+        from lorax.launch.composer import trials_of
+        from lorax.launch.launcher import launch_packed
 
         trials = trials_of(self.hydra_context, self.config, job_overrides)
         self.task_function = ended = launch_packed(trials)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 
 class PackedRayLauncher(BasicLauncher):
-    """Trials as tasks of Ray, each of which trains packs; see `lorax.sweep.on_ray`."""
+    """Trials as tasks of Ray, each of which trains packs; see `lorax.launch.ray_jobs`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -33,9 +33,9 @@ class PackedRayLauncher(BasicLauncher):
           LoraxError: the extra is not installed; or see `connect` and `run_jobs`.
         """
         from lorax.errors import LoraxError
-        from lorax.sweep.composer import trials_of
-        from lorax.sweep.launcher import launch_jobs
-        from lorax.sweep.on_ray import connect, submit
+        from lorax.launch.composer import trials_of
+        from lorax.launch.launcher import launch_jobs
+        from lorax.launch.ray_jobs import connect, submit
 
         if importlib.util.find_spec("ray") is None:
             raise LoraxError("hydra/launcher=packed_ray needs an extra: pip install -e '.[ray]'")

@@ -12,14 +12,14 @@ from hydra.core.utils import JobReturn
 
 
 class SerialLauncher(BasicLauncher):
-    """Trials one after another in this process; see `lorax.sweep.launcher`."""
+    """Trials one after another in this process; see `lorax.launch.launcher`."""
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Check all trials, then run them under a progress bar."""
-        from lorax.sweep.composer import trials_of
-        from lorax.sweep.launcher import launch
+        from lorax.launch.composer import trials_of
+        from lorax.launch.launcher import launch
 
         trials = trials_of(self.hydra_context, self.config, job_overrides)
         return launch(trials, super().launch, job_overrides, initial_job_idx)

@@ -23,7 +23,7 @@ RETRIES = 20  # after a timeout trials go on from their checkpoints
 
 
 class PackedSubmititLauncher(BasicLauncher):
-    """Trials as jobs of submitit, each of which trains packs; see `lorax.sweep.slurm`."""
+    """Trials as jobs of submitit, each of which trains packs; see `lorax.launch.slurm`."""
 
     name = cluster = ""
 
@@ -43,9 +43,9 @@ class PackedSubmititLauncher(BasicLauncher):
           LoraxError: the extra is not installed; or see `run_jobs`.
         """
         from lorax.errors import LoraxError
-        from lorax.sweep.composer import trials_of
-        from lorax.sweep.launcher import launch_jobs
-        from lorax.sweep.slurm import submit
+        from lorax.launch.composer import trials_of
+        from lorax.launch.launcher import launch_jobs
+        from lorax.launch.slurm import submit
 
         if SlurmQueueConf is None:
             raise LoraxError(

@@ -96,7 +96,7 @@ def rank_figure(groups: Sequence[Group], title: str = "") -> Plot | None:
     _rank_axis(axes, sorted({group.rank for group in lora}))
     axes.set(xlabel="LoRA rank", ylabel=f"dev {metric_title(lora[0].metric)}", title=title)
     _legend(figure, axes)
-    best = max(highlights, key=Group.goodness)
+    best = max(highlights, key=Group.signed_score)
     return Plot(
         "rank",
         figure,

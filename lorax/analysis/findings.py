@@ -18,7 +18,7 @@ from lorax.analysis.groups import (
 from lorax.analysis.results import Sweep
 from lorax.analysis.statistics import anova, welch_interval
 from lorax.analysis.table import format_score, lanes_of, scale, were_packed
-from lorax.goodness import lower_is_better
+from lorax.metric_direction import lower_is_better
 
 SIGNIFICANCE = 0.05
 
@@ -134,7 +134,7 @@ def _across_ranks(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
 
 def _best(choices: Sequence[Choice]) -> Group:
     """The best group, of several with the same mean the one of the lowest rank."""
-    top = max((choice.group for choice in choices), key=Group.goodness)
+    top = max((choice.group for choice in choices), key=Group.signed_score)
     tied = (choice.group for choice in choices if _is_tied(choice.group, top))
     return min(tied, key=lambda group: group.rank)
 
@@ -154,7 +154,7 @@ def _first(best: Group, others: Sequence[Group], detail: str) -> str:
 
 def _is_tied(a: Group, b: Group) -> bool:
     """Whether two means are equal but for the rounding of their sums."""
-    return math.isclose(a.goodness(), b.goodness(), rel_tol=1e-12)
+    return math.isclose(a.signed_score(), b.signed_score(), rel_tol=1e-12)
 
 
 def _against_best(best: Group, others: Sequence[Group]) -> list[str]:
@@ -243,11 +243,11 @@ def _passed_over(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
         group
         for choice in choices
         for group in choice.among
-        if group.trials and group.goodness() > choice.group.goodness()
+        if group.trials and group.signed_score() > choice.group.signed_score()
     ]
     if not better:
         return []
-    best = max(better, key=Group.goodness)
+    best = max(better, key=Group.signed_score)
     setting = describe(best, ["lora.rank", *tuned])
     return [
         "Settings with seeds that diverged or were cut are not chosen from, though those left did "

@@ -10,7 +10,7 @@ from lorax.analysis.results import ENDED, Trial
 from lorax.analysis.statistics import Summary, summarize
 from lorax.config import CONTENT
 from lorax.effective import effective
-from lorax.goodness import lower_is_better
+from lorax.metric_direction import lower_is_better
 
 MISSING = "\u2013"
 MODES = ("head", "lora", "full")
@@ -126,7 +126,7 @@ class Group:
         numbers = [trial.number(key) for trial in self.trials]
         return summarize([x for x in numbers if math.isfinite(x)]).mean
 
-    def goodness(self) -> float:
+    def signed_score(self) -> float:
         """The mean main metric at the best epoch, signed so that higher is better."""
         sign = -1.0 if lower_is_better(self.metric) else 1.0
         return sign * self.summary().mean
@@ -231,7 +231,7 @@ def _best(part: Sequence["Group"]) -> "Group":
         return len(group.trials) / len(group.ended)
 
     most = max(map(share_finished, part))
-    return max((g for g in part if share_finished(g) == most), key=Group.goodness)
+    return max((g for g in part if share_finished(g) == most), key=Group.signed_score)
 
 
 def display(group: Group, key: str) -> str:

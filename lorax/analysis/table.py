@@ -20,7 +20,7 @@ from lorax.analysis.groups import (
 )
 from lorax.analysis.results import Trial
 from lorax.analysis.statistics import Summary
-from lorax.goodness import lower_is_better
+from lorax.metric_direction import lower_is_better
 
 TIMES = "\u00d7"
 MIB = 2**20

@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from lorax.digest import file_digest, files_digest, lines_digest
 from lorax.errors import LoraxError
+from lorax.runtime.digest import file_digest, files_digest, lines_digest
 
 
 def read_text(path: Path) -> str:

@@ -14,8 +14,8 @@ from lorax.data.instructions import load_instructions
 from lorax.data.reviews import load_reviews, reviews_file
 from lorax.data.tasks import TASKS, Task, get_task
 from lorax.data.text_file import load_text
-from lorax.digest import files_digest
 from lorax.errors import LoraxError
+from lorax.runtime.digest import files_digest
 
 
 def load_split(task: Task | str, split: str, data_dir: str | os.PathLike | None = None) -> Examples:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
-from lorax.free_memory import device_memory, free_host_memory
 from lorax.models.place import Shardings, is_cut, is_quantized
 from lorax.models.quantization import BLOCK, KINDS
+from lorax.runtime.memory import device_memory, free_host_memory
 
 
 def check_fits(

@@ -8,22 +8,22 @@ trial has to wait for another.
 import math
 
 from lorax.config import HalvingConfig
-from lorax.sweep.engine import PackEngine
-from lorax.train.lane import Lane
+from lorax.train.batched_engine import BatchedEngine
 from lorax.train.loop import Loop
+from lorax.train.run import Run
 
 
-def judge(loop: Loop, engine: PackEngine) -> None:
-    """After an evaluation: cut the poor trials when a rung is reached; drop lanes that are dead."""
-    halving = loop.lanes[0].config.sweep.halving
+def judge(loop: Loop, engine: BatchedEngine) -> None:
+    """After an evaluation: prune the poor trials at a rung; drop the lanes that have ended."""
+    halving = loop.runs[0].config.sweep.halving
     number = rung(halving, loop.step, loop.train.eval_every or loop.batches_per_epoch)
     if number and loop.step < loop.total_steps:
-        cut(loop.lanes, halving.eta, loop.step, number)
+        prune(loop.runs, halving.eta, loop.step, number)
     shrink(loop, engine)
 
 
 def rung(halving: HalvingConfig, step: int, every: int) -> int | None:
-    """Which cut is made at the evaluation at `step`, from 1; None for none.
+    """The number of the rung at the evaluation at `step`, from 1; None for none.
 
     A rung that lies between two evaluations, `every` steps apart, is judged at the later one.
 
@@ -44,36 +44,36 @@ def _rungs_until(halving: HalvingConfig, step: int) -> int:
     return count
 
 
-def cut(lanes: list[Lane], eta: int, step: int, number: int) -> None:
+def prune(runs: list[Run], eta: int, step: int, number: int) -> None:
     """Mark the trials that end: all but the best `1/eta` by their best dev metric so far.
 
-    Diverged trials count as the worst; of equals the earlier lane goes on.
+    Diverged trials count as the worst; of equals the earlier one continues.
     """
-    field = [lane for lane in lanes if not lane.progress.cut]
-    order = sorted(field, key=lambda lane: -_standing(lane))
-    goes_on = math.ceil(len(field) / eta)
-    for place, lane in enumerate(order, start=1):
-        if place > goes_on and lane.is_alive:
-            lane.progress.cut = {
+    compared = [run for run in runs if not run.progress.cut]
+    order = sorted(compared, key=lambda run: -_signed_best(run))
+    keeps = math.ceil(len(compared) / eta)
+    for place, run in enumerate(order, start=1):
+        if place > keeps and run.is_alive:
+            run.progress.cut = {
                 "step": step,
                 "rung": number,
                 "place": place,
-                "of": len(field),
-                "goes_on": goes_on,
+                "of": len(compared),
+                "goes_on": keeps,
             }
 
 
-def _standing(lane: Lane) -> float:
-    return -math.inf if lane.progress.reason else lane.standing
+def _signed_best(run: Run) -> float:
+    return -math.inf if run.progress.reason else run.signed_best
 
 
-def shrink(loop: Loop, engine: PackEngine) -> None:
-    """Leave out the lanes that have ended, once they are half of the pack or more."""
-    alive = [n for n, lane in enumerate(loop.lanes) if lane.is_alive]
-    if not alive or 2 * len(alive) > len(loop.lanes) + 1 or len(alive) == len(loop.lanes):
+def shrink(loop: Loop, engine: BatchedEngine) -> None:
+    """Drop the lanes of runs that have ended, once they are half of the pack or more."""
+    alive = [n for n, run in enumerate(loop.runs) if run.is_alive]
+    if not alive or 2 * len(alive) > len(loop.runs) + 1 or len(alive) == len(loop.runs):
         return
-    loop.end_lanes()
+    loop.end_runs()
     engine.keep(alive)
-    loop.lanes = [loop.lanes[n] for n in alive]
-    for lane in loop.lanes:
-        lane.meter.share(len(alive))
+    loop.runs = [loop.runs[n] for n in alive]
+    for run in loop.runs:
+        run.meter.share(len(alive))

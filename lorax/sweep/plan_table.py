@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from lorax.config import TrialConfig
+from lorax.runs.pack_dir import read_record
+from lorax.sweep.compatibility import why_apart
 from lorax.sweep.cost import GIB, memory_limit
-from lorax.sweep.groups import group_trials, why_apart
-from lorax.sweep.pack import Pack, read_record
-from lorax.sweep.packed import checked
-from lorax.sweep.planner import plan_packs
+from lorax.sweep.pack import Pack
+from lorax.sweep.run_sweep import checked, plan_sweep
 from lorax.sweep.words import counted
 
 COLUMNS = ("pack", "trials", "rank", "at once", "padded", "GiB", "s/step", "seconds")
@@ -32,14 +32,13 @@ def print_plan(trials: Sequence[TrialConfig]) -> None:
     Raises:
       LoraxError: as `lorax.sweep.run_packed`.
     """
-    trials = checked(trials)
-    groups = [[trials[n] for n in group] for group in group_trials(trials)]
-    packs = [pack for group in groups for pack in plan_packs(group, with_times=True)]
+    unique = list(dict.fromkeys(checked(trials)))
+    packs = plan_sweep(unique, with_times=True)
     print(table(COLUMNS, [row for pack in packs for row in _rows(pack)]))
     limit = memory_limit(trials[0]) / GIB
-    shape = f"{counted(len(trials), 'trial')} in {counted(len(packs), 'pack')}"
+    shape = f"{counted(len(unique), 'trial')} in {counted(len(packs), 'pack')}"
     print(f"{shape}; memory limit {limit:.1f} GiB")
-    if reason := why_apart(trials):
+    if reason := why_apart([trial.config for trial in unique]):
         print(f"apart, as they differ in {reason}")
     sys.stdout.flush()
 
@@ -67,7 +66,8 @@ def _rows(pack: Pack) -> list[list[str]]:
 
 
 def _measured(pack: Pack) -> dict[str, Any]:
-    measured = (read_record(pack.directory) or {}).get("measured")
+    record = read_record(pack.directory)
+    measured = record.get("measured") if record else None
     items = measured.items() if isinstance(measured, dict) else ()
     return {name: value for name, value in items if isinstance(value, int | float)}
 

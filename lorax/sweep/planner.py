@@ -6,33 +6,28 @@ from dataclasses import replace
 
 import jax
 
-from lorax.config import TrialConfig
 from lorax.errors import LoraxError
+from lorax.runs.trial import Trial
+from lorax.sweep.compatibility import even_parts
 from lorax.sweep.cost import (
     GIB,
     Probe,
     Size,
-    base_flops,
-    evaluation_tokens,
-    evaluations_of,
     measure_probe,
     memory_limit,
     pack_memory,
-    shapes_of,
     sizes_of,
-    steps_of,
-    tokens_of,
     trial_memory,
 )
-from lorax.sweep.engine import trains_alone
-from lorax.sweep.groups import even_parts
 from lorax.sweep.pack import Pack
+from lorax.sweep.workload import Workload
+from lorax.train.batched_engine import trains_alone
 
 CPU_TOKENS = 1024  # side by side: beyond it a CPU's caches overflow (docs/sweeps.md)
 NEGLIGIBLE = 0.05  # padding worth this share of the work is not worth another program
 
 
-def plan_packs(trials: Sequence[TrialConfig], *, with_times: bool = False) -> list[Pack]:
+def plan_packs(trials: Sequence[Trial], *, with_times: bool = False) -> list[Pack]:
     """Packs for trials that can share a program.
 
     Ranks are cut into buckets where padding would cost more than another compilation; each
@@ -48,14 +43,16 @@ def plan_packs(trials: Sequence[TrialConfig], *, with_times: bool = False) -> li
     """
     if not trials:
         return []
-    sizes = sizes_of(trials)
-    is_wasteful = _waste(sizes, base_flops(trials[0])) > NEGLIGIBLE
-    probe = measure_probe(trials[0]) if with_times or is_wasteful else None
+    work = Workload.of(trials[0].config)
+    sizes = sizes_of([trial.config for trial in trials])
+    is_wasteful = _waste(sizes, work.base_flops) > NEGLIGIBLE
+    probe = measure_probe(work) if with_times or is_wasteful else None
     packs = []
-    for bucket in rank_buckets(sizes, _saving(trials[0], probe if is_wasteful else None)):
-        for part in even_parts(bucket, min(trials[n].sweep.max_trials for n in bucket)):
+    for bucket in rank_buckets(sizes, _saving(work, probe if is_wasteful else None)):
+        most = min(trials[n].config.sweep.max_trials for n in bucket)
+        for part in even_parts(bucket, most):
             chosen = [trials[n] for n in part]
-            packs += _fitting(chosen, [sizes[n] for n in part], probe)
+            packs += _fitting(work, chosen, [sizes[n] for n in part], probe)
     return packs
 
 
@@ -102,46 +99,42 @@ def _waste(sizes: Sequence[Size], base: float) -> float:
     return (largest - mean) / (base + largest) if largest else 0.0
 
 
-def _saving(trial: TrialConfig, probe: Probe | None) -> float:
+def _saving(work: Workload, probe: Probe | None) -> float:
     """One more program's cost in FLOPs a token of one lane: its compilations."""
     if probe is None:
         return math.inf
-    programs = len(shapes_of(trial)) + 1  # the steps' shapes, and the evaluation's
-    tokens = steps_of(trial) * _tokens_per_step(trial)
-    flops_per_second = (base_flops(trial) + probe.adapter_flops) / probe.seconds_per_token
+    programs = len(work.shapes) + 1  # the steps' shapes, and the evaluation's
+    tokens = work.steps * work.tokens_per_step
+    flops_per_second = (work.base_flops + probe.adapter_flops) / probe.seconds_per_token
     return programs * probe.compile_seconds * flops_per_second / tokens
 
 
-def _tokens_per_step(trial: TrialConfig) -> float:
-    return sum(tokens_of(trial, rows) * share for rows, share in shapes_of(trial).items())
-
-
 def _fitting(
-    trials: Sequence[TrialConfig], sizes: Sequence[Size], probe: Probe | None
+    work: Workload, trials: Sequence[Trial], sizes: Sequence[Size], probe: Probe | None
 ) -> list[Pack]:
     """One pack, with as few lanes side by side as its memory needs; or two of half the size."""
-    limit, lanes = memory_limit(trials[0]), trials[0].sweep.lanes
-    is_cpu = jax.default_backend() == "cpu"
-    tokens = CPU_TOKENS if is_cpu else 2**62
+    configs = [trial.config for trial in trials]
+    limit, lanes = memory_limit(configs[0]), configs[0].sweep.lanes
+    tokens = CPU_TOKENS if jax.default_backend() == "cpu" else 2**62
     while True:
-        if trains_alone(trials):
-            memory, side = trial_memory(trials[0]), 1
+        if trains_alone(configs):
+            memory, side = trial_memory(configs[0]), 1
         else:
-            memory, side = pack_memory(trials, tokens_at_once=tokens, lanes=lanes)
+            memory, side = pack_memory(configs, tokens_at_once=tokens, lanes=lanes)
         if memory <= limit:
             pack = Pack(tuple(trials), tokens, lanes)
-            return [replace(pack, predicted=_predicted(pack, sizes, probe, memory, side))]
+            return [replace(pack, predicted=_predicted(work, sizes, probe, memory, side))]
         if side > 1:
             lanes = side // 2
         elif len(trials) > 1:
             half = (len(trials) + 1) // 2
             return [
-                *_fitting(trials[:half], sizes[:half], probe),
-                *_fitting(trials[half:], sizes[half:], probe),
+                *_fitting(work, trials[:half], sizes[:half], probe),
+                *_fitting(work, trials[half:], sizes[half:], probe),
             ]
         else:
             raise LoraxError(
-                f"one trial of {trials[0].model.name} needs {memory / GIB:.2f} GiB, above the "
+                f"one trial of {configs[0].model.name} needs {memory / GIB:.2f} GiB, above the "
                 f"limit of {limit / GIB:.2f} GiB (sweep.memory_limit_gib); lower "
                 "train.batch_size, raise train.grad_accum, set train.remat=true or lower "
                 "task.max_length"
@@ -149,28 +142,27 @@ def _fitting(
 
 
 def _predicted(
-    pack: Pack, sizes: Sequence[Size], probe: Probe | None, memory: int, side: int
+    work: Workload, sizes: Sequence[Size], probe: Probe | None, memory: int, side: int
 ) -> dict[str, float | int | None]:
     largest = max(size.flops for size in sizes)
-    trial = pack.trials[0]
-    base = base_flops(trial)
+    base = work.base_flops
     facts: dict[str, float | int | None] = {
         "rank": max(size.rank for size in sizes),
         "side_by_side": side,
         "memory_bytes": memory,
-        "steps": steps_of(trial),
+        "steps": work.steps,
         "padding": _waste(sizes, base),
     }
     if probe is None:
         return facts
     scale = (base + largest) / (base + probe.adapter_flops) if largest else 1.0
-    per_step = len(sizes) * scale * probe.seconds_per_token * _tokens_per_step(trial)
-    compile_seconds = probe.compile_seconds * len(shapes_of(trial))
+    per_token = len(sizes) * scale * probe.seconds_per_token
+    per_step = per_token * work.tokens_per_step
+    compile_seconds = probe.compile_seconds * len(work.shapes)
     # Of the products with frozen kernels a step does the forward's and as many backwards.
-    per_token = len(sizes) * scale * probe.seconds_per_token / 2
-    evaluating = evaluations_of(trial) * per_token * evaluation_tokens(trial)
+    evaluating = work.evaluations * work.evaluation_tokens * per_token / 2
     return facts | {
         "seconds_per_step": per_step,
         "compile_seconds": compile_seconds,
-        "seconds": per_step * steps_of(trial) + evaluating + compile_seconds,
+        "seconds": per_step * work.steps + evaluating + compile_seconds,
     }

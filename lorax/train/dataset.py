@@ -11,8 +11,8 @@ from lorax import data
 from lorax.config import ModelConfig, TaskConfig, TrialConfig
 from lorax.errors import LoraxError
 from lorax.models import load_config, resolve_source
-from lorax.process import cache_root
-from lorax.train.content import Content, content_of
+from lorax.runs.content import Content, content_of
+from lorax.runtime.process import cache_root
 
 
 @dataclass(frozen=True)

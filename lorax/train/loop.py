@@ -1,4 +1,4 @@
-"""The training loop: lanes in lockstep, their evaluations and checkpoints."""
+"""The training loop: runs in lockstep, their evaluations and checkpoints."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorax import data, stop
+from lorax import data
 from lorax.config import TrainConfig
+from lorax.runtime import stop
 from lorax.train.dataset import Dataset
-from lorax.train.engine import Engine, HostBatch
 from lorax.train.evaluation import predict_split, score
-from lorax.train.lane import Lane
 from lorax.train.metrics import is_constant
+from lorax.train.run import Run
+from lorax.train.single_engine import Engine, HostBatch
 
 AT_THE_START = "before the first step of training: nothing is lost"
 
@@ -23,42 +24,42 @@ def _nothing(loop: "Loop") -> None:
 
 
 class Loop:
-    """Trains lanes that share task, steps and batch size, from where they stand to their ends.
+    """Trains runs that share task, steps and batch size, from where they stand to their ends.
 
     Args:
-      dataset: the lanes' own.
-      lanes: one, or several that an engine trains together.
-      engine: computes the lanes' steps.
+      dataset: the runs' own.
+      runs: one, or several that an engine trains together.
+      engine: computes the runs' steps.
       step: optimizer steps done.
       save: writes a checkpoint of everything.
-      end: takes a lane that is at its end, whichever that is.
-      judge: called after each evaluation; may end lanes, and replace `lanes` and `engine`.
+      end: takes a run that is at its end, whichever that is.
+      judge: called after each evaluation; may end runs, and replace `runs` and `engine`.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        lanes: Sequence[Lane],
+        runs: Sequence[Run],
         engine: Engine,
         *,
         step: int,
         save: Callable[["Loop"], None],
-        end: Callable[["Loop", Lane], None],
+        end: Callable[["Loop", Run], None],
         judge: Callable[["Loop"], None] = _nothing,
     ):
-        self.dataset, self.lanes, self.engine = dataset, list(lanes), engine
+        self.dataset, self.runs, self.engine = dataset, list(runs), engine
         self.step, self._save, self._end, self._judge = step, save, end, judge
-        self.full_steps: list[float] = []  # seconds of the steps of all lanes together
-        self._width = len(lanes)
-        self._losses = np.full(len(lanes), np.nan, np.float32)  # of the step that was read last
+        self.full_steps: list[float] = []  # seconds of the steps of all runs together
+        self._width = len(runs)
+        self._losses = np.full(len(runs), np.nan, np.float32)  # of the step that was read last
         self._saved_step, self._saved_at = step, time.monotonic()
-        self.train = lanes[0].config.train
-        self.batches_per_epoch = lanes[0].batches_per_epoch
-        self.total_steps = lanes[0].total_steps
+        self.train = runs[0].config.train
+        self.batches_per_epoch = runs[0].batches_per_epoch
+        self.total_steps = runs[0].total_steps
 
-    def alive(self) -> list[Lane]:
-        """The lanes that go on."""
-        return [lane for lane in self.lanes if lane.is_alive]
+    def alive(self) -> list[Run]:
+        """The runs that go on."""
+        return [run for run in self.runs if run.is_alive]
 
     def run(self, bar: Any) -> None:
         """Train to the end; a signal that stops the process acts when the step is saved.
@@ -70,11 +71,11 @@ class Loop:
             self._run(bar)
 
     def _run(self, bar: Any) -> None:
-        self.end_lanes()  # killed after their last checkpoint, before their results
+        self.end_runs()  # killed after their last checkpoint, before their results
         pending: tuple[int, list[float], jax.Array] | None = None
         clock = time.perf_counter()
         for batches in self._batches():
-            hypers = [lane.hyper(self.step) for lane in self.lanes]
+            hypers = [run.hyper(self.step) for run in self.runs]
             cost, is_new = self.engine.compile(hypers, batches)
             if self.step == self._saved_step:
                 self._stop_if_asked()
@@ -102,52 +103,52 @@ class Loop:
             if self.step == self._saved_step:
                 self._stop_if_asked()
             clock = time.perf_counter()
-        self.end_lanes(all_of_them=True)
+        self.end_runs(all_of_them=True)
 
     def _batches(self) -> Iterator[list[HostBatch]]:
-        """Each lane's next batch, all packed alike; a pure function of seeds and step."""
+        """Each run's next batch, all packed alike; a pure function of seeds and step."""
         encoded, train = self.dataset.train, self.train
         while self.alive() and self.step < self.total_steps:
             epoch, position = divmod(self.step, self.batches_per_epoch)
             orders = {
                 seed: data.train_batches(len(encoded), train.batch_size, seed=seed, epoch=epoch)
-                for seed in {lane.config.seed for lane in self.lanes}
+                for seed in {run.config.seed for run in self.runs}
             }
             for n in range(position, self.batches_per_epoch):
                 if self.step >= self.total_steps:
                     return
-                seeds = {lane.config.seed for lane in self.lanes}  # lanes may have been left out
+                seeds = {run.config.seed for run in self.runs}  # runs may have been left out
                 batches = collate_alike(self.dataset, {s: orders[s][n] for s in seeds}, train)
-                yield [batches[lane.config.seed] for lane in self.lanes]
+                yield [batches[run.config.seed] for run in self.runs]
 
     def _advance(self, tokens: int, cost: Any, is_new: bool) -> None:
         self.step += 1
-        for lane in self.alive():
-            lane.progress.step += 1
-            lane.meter.count(tokens, cost, is_new)
+        for run in self.alive():
+            run.progress.step += 1
+            run.meter.count(tokens, cost, is_new)
 
     def _add_step(self, seconds: float) -> None:
-        if len(self.lanes) == self._width:
+        if len(self.runs) == self._width:
             self.full_steps.append(seconds)
-        for lane in self.alive():
-            lane.meter.add_step(seconds)
+        for run in self.alive():
+            run.meter.add_step(seconds)
 
     def _settle(self, number: int, rates: list[float], losses: jax.Array, bar: Any) -> None:
         """Wait for a step's losses and record them."""
         self._losses = self.engine.read(losses)
-        for lane, lr, loss in zip(self.lanes, rates, self._losses, strict=True):
-            if lane.is_alive:
-                lane.settle(number, lr, float(loss))
+        for run, lr, loss in zip(self.runs, rates, self._losses, strict=True):
+            if run.is_alive:
+                run.settle(number, lr, float(loss))
         bar.update(1)
         if number % self.train.log_every == 0 or number == 1:
             bar.set_postfix(self._postfix())
-        self.end_lanes()
+        self.end_runs()
 
     def _postfix(self) -> dict[str, str]:
         shown = {"loss": f"{np.median(self._losses):.3f}"}
-        if len(self.lanes) > 1:
+        if len(self.runs) > 1:
             shown["trials"] = str(len(self.alive()))
-        best = max(self.lanes, key=lambda lane: lane.standing)
+        best = max(self.runs, key=lambda run: run.signed_best)
         if best.best_value is None:
             return shown
         return {**shown, f"best {best.metric}": f"{best.best_value:.3f}"}
@@ -176,10 +177,10 @@ class Loop:
             self._evaluate()
             bar.set_postfix(self._postfix())
             self._judge(self)
-        if any(not lane.progress.reason for lane in self.lanes):
+        if any(not run.progress.reason for run in self.runs):
             self._save(self)  # weights that are not finite are not worth going on from
             self._saved_step, self._saved_at = self.step, time.monotonic()
-        self.end_lanes()
+        self.end_runs()
 
     def _evaluate(self) -> None:
         size = self.train.eval_batch_size
@@ -187,21 +188,21 @@ class Loop:
             name: predict_split(self.engine.predict, self.dataset, encoded, size)
             for name, encoded in self.dataset.dev.items()
         }
-        for n, lane in enumerate(self.lanes):
-            if lane.is_alive:
+        for n, run in enumerate(self.runs):
+            if run.is_alive:
                 own = {name: x[n] for name, x in outputs.items()}
-                lane.evaluated(
+                run.evaluated(
                     score(self.dataset, own),
                     lambda n=n: self.engine.trainable(n),  # type: ignore[misc]
                     is_constant=is_constant(self.dataset.task.kind, next(iter(own.values()))),
                 )
 
-    def end_lanes(self, *, all_of_them: bool = False) -> None:
-        """Hand over every lane that is at its end and has not been handed over."""
-        for lane in self.lanes:
-            if not lane.has_ended and (all_of_them or not lane.is_alive):
-                self._end(self, lane)
-                lane.has_ended = True
+    def end_runs(self, *, all_of_them: bool = False) -> None:
+        """Hand over every run that is at its end and has not been handed over."""
+        for run in self.runs:
+            if not run.has_ended and (all_of_them or not run.is_alive):
+                self._end(self, run)
+                run.has_ended = True
 
 
 def collate_alike(

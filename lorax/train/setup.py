@@ -29,12 +29,13 @@ from lorax.models import (
     dropout_rates,
     load_model,
 )
-from lorax.train.check import check_config
-from lorax.train.content import Content, checked_content
+from lorax.runs.content import Content, checked_content
+from lorax.runs.results import Counts
 from lorax.train.dataset import cache_key, load_dataset
 from lorax.train.mesh import base_shardings, make_mesh
 from lorax.train.optimizer import Hyper
 from lorax.train.step import Frozen, Program
+from lorax.train.validate import check_config
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 HEAD = "head"
@@ -51,7 +52,7 @@ class Setup:
     trainable: Any
     frozen: Frozen
     spec: LoraSpec | None
-    counts: dict[str, int]
+    counts: Counts
     dropout_key: jax.Array
     content: Content
 
@@ -229,7 +230,7 @@ def prepare(config: TrialConfig) -> Setup:
     return Setup(program, trainable, Frozen(frozen, scales), spec, counts, dropout_key, content)
 
 
-def _counts(base: dict[str, Any], adapter: int, mode: str) -> dict[str, int]:
+def _counts(base: dict[str, Any], adapter: int, mode: str) -> Counts:
     head = count_params(base.get(HEAD, {}))
     rest = count_params(base) - head
     return {

@@ -4,12 +4,12 @@ from typing import Any
 
 from flax import nnx
 
-from lorax.checkpoint import load_adapter, lora_tree
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.lora import adapt, combine
+from lorax.runs.adapter import load_adapter, lora_tree
+from lorax.runs.trial_id import trial_dir
 from lorax.train.setup import Setup
-from lorax.trial_id import trial_dir
 
 
 def check_leaves_adapter(trial: TrialConfig) -> None:

@@ -6,7 +6,7 @@ from lorax.config import TaskConfig, TrialConfig
 from lorax.data import content_of, encode_documents, load_documents
 from lorax.data.text_file import cut_text
 from lorax.errors import LoraxError
-from lorax.trial_id import trial_id
+from lorax.runs.trial_id import trial_id
 
 LINES = [f"Line {n} of caf\u00e9s.\n" for n in range(100)]
 

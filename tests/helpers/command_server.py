@@ -20,7 +20,7 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments.finetune import finetune
-from lorax.sweep import hydra_main
+from lorax.launch import hydra_main
 
 
 def run(arguments: list[str]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lorax.config import (
     TrialConfig,
 )
 from lorax.lora.paths import leaves_by_path
-from lorax.sweep.engine import PackEngine
+from lorax.train.batched_engine import BatchedEngine
 from lorax.train.dataset import load_dataset
 from lorax.train.loop import collate_alike
 from lorax.train.mesh import AXES, make_mesh
@@ -86,7 +86,7 @@ def train(configs, setups, sizes):
         for setup, trial in zip(setups, configs, strict=True)
     ]
     mesh = make_mesh(*sizes) if sizes else None
-    engine = PackEngine(setups, states, tokens_at_once=1024, mesh=mesh)
+    engine = BatchedEngine(setups, states, tokens_at_once=1024, mesh=mesh)
     steps = list(steps_of(configs))
     engine.compile(*steps[0])
     facts = {

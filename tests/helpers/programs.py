@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from lorax.process import cache_dir, cache_root
+from lorax.runtime.process import cache_dir, cache_root
 
 # Most programs of a test run a few times on a few numbers: optimizing costs more than it saves.
 # Of a cold compile, the fusion emitters are half, LLVM's optimizing and splitting a fifth.

@@ -3,7 +3,7 @@
 import os
 import threading
 
-from lorax.trial_id import trial_dir
+from lorax.runs.trial_id import trial_dir
 
 
 def lines(trial):

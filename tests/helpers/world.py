@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lorax.config import TrialConfig
+from lorax.runs.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 POLAR = {"negative": ["bad", "dull", "awful", "poor"], "positive": ["good", "fine", "great", "fun"]}
@@ -111,6 +112,11 @@ class World:
             process.kill()
             said = "".join(process.communicate())
         assert process.returncode == -signal.SIGKILL, f"ended before it was killed: {said[-2000:]}"
+
+
+def of(trials: Iterable[TrialConfig]) -> tuple[Trial, ...]:
+    """The trials of configs."""
+    return tuple(map(Trial.of, trials))
 
 
 def write_base(folder: Path, std: float = 0.2, **sizes: int) -> None:

@@ -14,11 +14,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from lorax import LoraSpec, adapt, init
-from lorax.checkpoint import head_tree, load_adapter, lora_tree, save_adapter
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.interop import load_peft, save_peft
 from lorax.models import load_model
+from lorax.runs.adapter import head_tree, load_adapter, lora_tree, save_adapter
 from tests.helpers.run_model import run
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}

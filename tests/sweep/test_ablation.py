@@ -2,7 +2,7 @@ import pytest
 
 from experiments.ablation import AXES, trials
 from lorax.errors import LoraxError
-from lorax.trial_id import trial_id
+from lorax.runs.trial_id import trial_id
 
 pytestmark = pytest.mark.slow
 

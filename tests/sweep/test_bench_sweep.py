@@ -13,8 +13,8 @@ from hydra import compose, initialize_config_module
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lorax.sweep import config_of
-from lorax.trial_id import trial_id
+from lorax.launch import config_of
+from lorax.runs.trial_id import trial_id
 
 GRID = bench_sweep.grid([2, 4], [0, 1, 2])
 

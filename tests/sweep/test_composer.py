@@ -13,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
-from lorax.sweep.cli import config_of
-from lorax.sweep.composer import Composer, trials_of
-from lorax.sweep.faults import one_line
-from lorax.train.content import with_content
+from lorax.launch.application import config_of
+from lorax.launch.composer import Composer, trials_of
+from lorax.launch.faults import one_line
+from lorax.runs.content import with_content
 
 # Jobs by Hydra's grammar: https://hydra.cc/docs/advanced/override_grammar/basic
 SOUND = {

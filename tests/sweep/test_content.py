@@ -8,15 +8,15 @@ import hydra
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
 from lorax.errors import LoraxError
+from lorax.launch.application import config_of
+from lorax.runs.adapter import load_adapter
+from lorax.runs.content import Content, content_of, with_content
+from lorax.runs.trial_id import recorded_content, trial_dir, trial_id
+from lorax.runtime.provenance import command_line
 from lorax.sweep import run_packed, run_trials
-from lorax.sweep.cli import config_of
 from lorax.train import check_trial, run_trial
-from lorax.train.content import Content, content_of, with_content
-from lorax.train.lane import Lane
-from lorax.train.provenance import command_line
-from lorax.trial_id import recorded_content, trial_dir, trial_id
+from lorax.train.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def whole(own, tmp_path_factory):
 def cut_short(own, tmp_path_factory, request):
     """(kind, trials interrupted at step 5 of 6, with a checkpoint at step 4)."""
     root = tmp_path_factory.mktemp("cut")
-    settle = Lane.settle
+    settle = Run.settle
 
     def interrupt(lane, number, lr, loss):
         settle(lane, number, lr, loss)
@@ -117,7 +117,7 @@ def cut_short(own, tmp_path_factory, request):
 
     trials = trials_of(own, root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "settle", interrupt)
+        patch.setattr(Run, "settle", interrupt)
         for group in [trials] if request.param == "packed" else [[trial] for trial in trials]:
             with pytest.raises(KeyboardInterrupt):
                 KINDS[request.param](group)

@@ -6,11 +6,11 @@ import os
 import pytest
 
 from lorax.errors import LoraxError
+from lorax.runs.content import with_content
+from lorax.runs.results import read_result
+from lorax.runs.trial_id import trial_dir
 from lorax.sweep import run_packed, run_trials
-from lorax.sweep.pack import without_damaged
-from lorax.train.content import with_content
-from lorax.train.results import read_result
-from lorax.trial_id import trial_dir
+from lorax.sweep.damaged import without_damaged
 from tests.helpers.world import ROOT
 
 WHOLE = {

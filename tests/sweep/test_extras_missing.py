@@ -7,7 +7,7 @@ import sys
 sys.modules["hydra_plugins.hydra_submitit_launcher.config"] = None
 sys.modules["ray"] = None
 from experiments.finetune import finetune
-from lorax.sweep import hydra_main
+from lorax.launch import hydra_main
 hydra_main(finetune, "finetune")
 """
 

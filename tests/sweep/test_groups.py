@@ -18,7 +18,7 @@ from lorax.config import (
     TrainConfig,
     TrialConfig,
 )
-from lorax.sweep.groups import even_parts, group_trials, program_settings, why_apart
+from lorax.sweep.compatibility import even_parts, group_trials, program_settings, why_apart
 
 DATA = {
     "rank": TrialConfig(lora=LoraConfig(rank=64)),

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from lorax.checkpoint import load_adapter
 from lorax.config import HalvingConfig
 from lorax.errors import LoraxError
+from lorax.runs.adapter import load_adapter
+from lorax.runs.trial_id import trial_dir, trial_id
 from lorax.sweep import run_packed
-from lorax.sweep.engine import PackEngine
-from lorax.sweep.halving import cut, rung
+from lorax.sweep.halving import prune, rung
 from lorax.train import run_trial
-from lorax.train.lane import Progress
-from lorax.trial_id import trial_dir, trial_id
+from lorax.train.batched_engine import BatchedEngine
+from lorax.train.run import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -58,7 +58,7 @@ class Stand:
         return not (p.reason or p.stopped_early or p.cut)
 
     @property
-    def standing(self):
+    def signed_best(self):
         return self.score
 
 
@@ -80,7 +80,7 @@ LANES = st.lists(
 def test_a_cut_keeps_the_best_share_and_of_equals_the_earlier(lanes, eta):
     before = [dict(lane.progress.cut or {}) for lane in lanes]
     alive = [lane.is_alive for lane in lanes]
-    cut(lanes, eta, step=10, number=2)
+    prune(lanes, eta, step=10, number=2)
     field = [n for n in range(len(lanes)) if not before[n]]
     value = {n: -math.inf if lanes[n].progress.reason else lanes[n].score for n in field}
     goes_on = -(-len(field) // eta)
@@ -99,13 +99,13 @@ def test_a_cut_keeps_the_best_share_and_of_equals_the_earlier(lanes, eta):
 def test_odd_numbers_are_rounded_up_and_the_best_of_all_goes_on():
     for count, eta, left in ((5, 2, 3), (3, 2, 2), (2, 2, 1), (1, 2, 1), (7, 3, 3), (4, 9, 1)):
         lanes = [Stand(n / 10) for n in range(count)]
-        cut(lanes, eta, step=1, number=1)
+        prune(lanes, eta, step=1, number=1)
         assert [lane.is_alive for lane in lanes] == [False] * (count - left) + [True] * left
 
 
 def test_a_trial_that_diverged_after_a_good_start_does_not_take_a_place():
     lanes = [Stand(0.9, "the loss is nan at step 3"), Stand(0.2), Stand(0.3)]
-    cut(lanes, 2, step=4, number=1)
+    prune(lanes, 2, step=4, number=1)
     assert [lane.is_alive for lane in lanes] == [False, True, True]
 
 
@@ -164,7 +164,7 @@ def ran(world, tmp_path_factory):
     halved = five(world, root / "halved", HalvingConfig(after=4))
     alone = five(world, root / "alone", HalvingConfig())
     sizes = []
-    keep = PackEngine.keep
+    keep = BatchedEngine.keep
 
     def noted(engine, lanes):
         before = engine.count
@@ -172,7 +172,7 @@ def ran(world, tmp_path_factory):
         sizes.append((before, list(lanes), engine.count))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PackEngine, "keep", noted)
+        patch.setattr(BatchedEngine, "keep", noted)
         results = run_packed(halved)
     names = {trial_id(t): {p.name for p in trial_dir(t).iterdir()} for t in halved}
     return Ran(halved, alone, results, [run_trial(trial) for trial in alone], sizes, names)
@@ -259,8 +259,8 @@ def test_only_a_trial_that_was_cut_keeps_a_checkpoint(ran):
 
 
 def test_the_same_command_again_trains_nothing(ran, monkeypatch):
-    monkeypatch.setattr("lorax.sweep.packed.plan_packs", None)  # whoever plans, fails
-    monkeypatch.setattr("lorax.sweep.packed.run_pack", None)
+    monkeypatch.setattr("lorax.sweep.run_sweep.plan_packs", None)  # whoever plans, fails
+    monkeypatch.setattr("lorax.sweep.run_sweep.run_pack", None)
     assert run_packed(ran.halved) == ran.results
 
 

@@ -6,11 +6,11 @@ import pytest
 from hydra.core.utils import JobReturn, JobStatus
 
 from lorax.errors import LoraxError
-from lorax.sweep.jobs import Job, JobFailed, Outcome, run_jobs
-from lorax.sweep.launcher import with_quiet_faults
-from lorax.sweep.serial import objective
-from lorax.train.provenance import command_line
-from lorax.trial_id import trial_id
+from lorax.launch.jobs import Job, JobFailed, Outcome, run_jobs
+from lorax.launch.launcher import with_quiet_faults
+from lorax.runs.trial_id import trial_id
+from lorax.runtime.provenance import command_line
+from lorax.sweep.run_serial import objective
 
 
 class Cluster:

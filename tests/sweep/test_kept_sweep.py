@@ -6,9 +6,9 @@ import logging
 import pytest
 
 from lorax.analysis.results import read_sweep
+from lorax.runs.content import with_content
+from lorax.runs.trial_id import trial_dir
 from lorax.sweep import run_packed, run_trials
-from lorax.train.content import with_content
-from lorax.trial_id import trial_dir
 from tests.helpers import kept_sweep
 
 
@@ -35,7 +35,7 @@ def test_its_trials_lie_where_they_are_looked_for(sweep):
 
 
 def test_the_report_reads_it(sweep):
-    folder, trials = sweep
+    folder, _ = sweep
     read = read_sweep(folder)
     assert not read.warnings
     assert len(read.with_status("finished")) == 4 and len(read.with_status("unfinished")) == 3

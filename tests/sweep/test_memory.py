@@ -9,7 +9,7 @@ import pytest
 
 from lorax.errors import LoraxError
 from lorax.sweep.cost import trial_memory
-from lorax.sweep.memory import Memory, alternatives, memory_of, memory_table
+from lorax.sweep.memory_table import Memory, alternatives, memory_of, memory_table
 from lorax.train.setup import prepare
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
 from lorax.config import MeshConfig
+from lorax.runs.adapter import load_adapter
 from tests.helpers.programs import xla_flags
 from tests.helpers.world import write_wide_base
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lorax.lock import locked
+from lorax.runs.lock import locked
 
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra `optuna`")
 optuna = pytest.importorskip("optuna")
@@ -12,7 +12,7 @@ optuna = pytest.importorskip("optuna")
 # Runs command lines in a fork each; a trial's score is cheap, and some trials are never scored.
 SEARCH = """
 import json, os, signal, sys
-from lorax.sweep import hydra_main
+from lorax.launch import hydra_main
 
 def score(trial):
     n = (trial.lora.rank, trial.optimizer.lr)

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from experiments import report
-from lorax.checkpoint import load_adapter
 from lorax.config import HalvingConfig
 from lorax.errors import LoraxError
+from lorax.runs.adapter import load_adapter
+from lorax.runs.trial_id import trial_dir, trial_id
 from lorax.sweep import run_packed
 from lorax.sweep.pack import Pack
 from lorax.train import run_trial
-from lorax.trial_id import trial_dir, trial_id
+from tests.helpers.world import of
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,8 @@ KINDS = ("plain", "halving")
 FAULTY = """
 import errno, json, os, pickle, re, resource, signal, sys
 from pathlib import Path
-from lorax.sweep import at_the_door, run_packed
+from lorax.launch import entry_point
+from lorax.sweep import run_packed
 
 def fill(path):
     with open(path, "wb", buffering=0) as file:
@@ -59,7 +61,7 @@ for root, fault, pattern in json.loads(sys.argv[1]):
                 FAULTS[fault](Path(root))
 
         sys.addaudithook(watch)
-        at_the_door(lambda: run_packed(pickle.loads((Path(root) / "trials").read_bytes())))
+        entry_point(lambda: run_packed(pickle.loads((Path(root) / "trials").read_bytes())))
         os._exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
@@ -152,7 +154,7 @@ def copy(world, cut_short, tmp_path):
     def copied(kind="plain"):
         shutil.copytree(cut_short[kind] / "tiny", tmp_path / kind / "tiny")
         trials = trials_of(world, tmp_path / kind, kind)
-        return trials, Pack(tuple(trials), 0).directory
+        return trials, Pack(of(trials), 0).directory
 
     return copied
 
@@ -303,7 +305,7 @@ def test_a_full_disk_in_the_middle(world, whole, capsys, fault, request):
 @pytest.mark.parametrize("blocked", ["packs", "packs/{}/checkpoints", "packs/{}/pack.json"])
 def test_something_else_where_a_packs_file_should_be(world, tmp_path, blocked):
     trials = trials_of(world, tmp_path)
-    path = tmp_path / "tiny" / blocked.format(Pack(tuple(trials), 0).name)
+    path = tmp_path / "tiny" / blocked.format(Pack(of(trials), 0).name)
     path.parent.mkdir(parents=True)
     path.mkdir() if path.suffix else path.write_text("")
     with pytest.raises(LoraxError, match=f"cannot write {tmp_path}/tiny/packs") as fault:

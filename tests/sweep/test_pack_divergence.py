@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
+from lorax.runs.adapter import load_adapter
+from lorax.runs.trial_id import trial_dir
 from lorax.sweep import run_packed
-from lorax.sweep.cost import dummy_batch
-from lorax.sweep.engine import PackEngine
-from lorax.sweep.serial import summary_line
+from lorax.sweep.run_serial import summary_line
+from lorax.sweep.workload import Workload
+from lorax.train.batched_engine import BatchedEngine
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.slow
 
@@ -98,9 +98,9 @@ def test_weights_that_are_not_finite_stay_in_their_lane(world, value):
     ]
     spoiled = jax.tree.map(lambda x: x * 0 + value, states[1].trainable)
     ill_states = [states[0], states[1]._replace(trainable=spoiled), states[2]]
-    batches = [dummy_batch(trials[0], trials[0].task.max_length)] * len(trials)
+    batches = [Workload.of(trials[0]).dummy_batch(trials[0].task.max_length)] * len(trials)
     well, ill = (
-        PackEngine(setups, each, tokens_at_once=1, lanes=2) for each in (states, ill_states)
+        BatchedEngine(setups, each, tokens_at_once=1, lanes=2) for each in (states, ill_states)
     )
     for _ in range(3):
         losses = [np.asarray(engine.step(hypers, batches)) for engine in (well, ill)]

@@ -19,12 +19,12 @@ from lorax.data.glue import find_folder
 from lorax.errors import LoraxError
 from lorax.lora.paths import leaves_by_path
 from lorax.models import resolve_source
-from lorax.sweep.engine import PackEngine
+from lorax.train.batched_engine import BatchedEngine
 from lorax.train.dataset import load_dataset
-from lorax.train.engine import Solo
 from lorax.train.loop import collate_alike
 from lorax.train.schedule import lr_factor
 from lorax.train.setup import hyper_of, prepare
+from lorax.train.single_engine import SingleEngine
 from lorax.train.step import init_state
 
 pytestmark = pytest.mark.production
@@ -41,7 +41,7 @@ class Trained:
 
     trials: list
     first: list  # what each lane of the pack held before the first step
-    pack: PackEngine
+    pack: BatchedEngine
     alone: list
     losses: np.ndarray  # (steps, lanes), in the pack
     losses_alone: np.ndarray
@@ -54,8 +54,8 @@ def train(trials, steps, **options):
         init_state(setup.trainable, hyper_of(trial), setup.dropout_key)
         for setup, trial in zip(setups, trials, strict=True)
     ]
-    pack = PackEngine(setups, states, tokens_at_once=1024, **options)
-    alone = [Solo(setup, state) for setup, state in zip(setups, states, strict=True)]
+    pack = BatchedEngine(setups, states, tokens_at_once=1024, **options)
+    alone = [SingleEngine(setup, state) for setup, state in zip(setups, states, strict=True)]
     first = [pack.trainable(n) for n in range(len(trials))]
     t = trials[0]
     dataset = load_dataset(t)

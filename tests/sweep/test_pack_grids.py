@@ -8,12 +8,12 @@ from hypothesis import Phase, given, settings
 
 from lorax import data
 from lorax.lora.paths import leaves_by_path
-from lorax.sweep.engine import PackEngine
+from lorax.train.batched_engine import BatchedEngine
 from lorax.train.dataset import load_dataset
-from lorax.train.engine import Solo
 from lorax.train.loop import collate_alike
 from lorax.train.schedule import lr_factor
 from lorax.train.setup import hyper_of, prepare
+from lorax.train.single_engine import SingleEngine
 from lorax.train.step import init_state
 
 pytestmark = pytest.mark.slow
@@ -109,14 +109,14 @@ def starts(trials):
 
 def packed(trials, **options):
     """(losses, the pack) after all steps."""
-    pack = PackEngine(*starts(trials), tokens_at_once=2**30, **options)
+    pack = BatchedEngine(*starts(trials), tokens_at_once=2**30, **options)
     return drive(trials, pack.step), pack
 
 
 def alone(trial):
     """(losses, what was trained) after all steps."""
     (setup,), (state,) = starts([trial])
-    solo = Solo(setup, state)
+    solo = SingleEngine(setup, state)
     return drive([trial], solo.step)[:, 0], leaves_by_path(solo.trainable(0))
 
 
@@ -198,7 +198,7 @@ def test_scales_are_each_trials_own_and_zero_where_it_has_no_target(world, order
         {"rank": 2, "targets": "v", "layers": [0], "alpha": 8.0},
     ]
     trials = [world.trial(lora=lora[n]) for n in order]
-    pack = PackEngine(*starts(trials), tokens_at_once=1024)
+    pack = BatchedEngine(*starts(trials), tokens_at_once=1024)
     query, value = ("encoder.layers.{}.attention." + name for name in ("query", "value"))
     expected = {
         **{query.format(n): (3.0, 1.0, 0.0) for n in (0, 1)},

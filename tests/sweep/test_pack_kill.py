@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
 from lorax.config import HalvingConfig
-from lorax.trial_id import trial_dir
+from lorax.runs.adapter import load_adapter
+from lorax.runs.trial_id import trial_dir
 
 pytestmark = pytest.mark.production
 
@@ -40,7 +40,8 @@ COSTS = {
 SWEEPS = """
 import json, os, pickle, re, signal, sys
 from pathlib import Path
-from lorax.sweep import at_the_door, run_packed
+from lorax.launch import entry_point
+from lorax.sweep import run_packed
 
 root, moments = Path(sys.argv[1]), json.loads(sys.argv[2])
 trials = pickle.loads((root / "trials").read_bytes())
@@ -54,18 +55,18 @@ def watch(pattern, left):
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
 
-legs = []
+resumptions = []
 for moment in [*moments, None]:
     pid = os.fork()
     if pid == 0:
         if moment:
             watch(*moment)
-        at_the_door(lambda: run_packed(trials))
+        entry_point(lambda: run_packed(trials))
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     times = {str(path): path.stat().st_mtime_ns for path in root.glob("tiny/*/result.json")}
-    legs.append([status, times])
-print(json.dumps(legs))
+    resumptions.append([status, times])
+print(json.dumps(resumptions))
 """
 MOMENTS = {
     "plain": [
@@ -148,10 +149,10 @@ def killed(world, tmp_path_factory):
         whole, cut = (tmp_path_factory.mktemp(f"{kind}-{name}") for name in ("whole", "cut"))
         ((code, _),), said = run(world, trials_of(world, whole, kind), [])
         assert code == 0, said
-        legs, said = run(world, trials_of(world, cut, kind), MOMENTS[kind])
-        ends = [code for code, _ in legs]
+        resumptions, said = run(world, trials_of(world, cut, kind), MOMENTS[kind])
+        ends = [code for code, _ in resumptions]
         assert ends == [-signal.SIGKILL] * len(MOMENTS[kind]) + [0], said
-        return whole, cut, [times for _, times in legs]
+        return whole, cut, [times for _, times in resumptions]
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(MOMENTS, pool.map(chain, MOMENTS), strict=True))
@@ -173,9 +174,9 @@ def test_killed_many_times_in_a_row_it_ends_with_the_same_bits(killed, kind):
 
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_a_result_is_written_once(killed, kind):
-    *legs, last = killed[kind][2]
-    assert all(times.items() <= last.items() for times in legs)
-    assert len({len(times) for times in legs}) >= 3  # kills fell between results
+    *resumptions, last = killed[kind][2]
+    assert all(times.items() <= last.items() for times in resumptions)
+    assert len({len(times) for times in resumptions}) >= 3  # kills fell between results
 
 
 @pytest.mark.parametrize("kind", MOMENTS)
@@ -221,7 +222,7 @@ def test_the_command_killed_from_outside_ends_with_the_same_bits(world, tmp_path
         world.kill_when(world.start(*command), partial(is_time, cut))
     done = world.finetune(*world.overrides(cut, *COMMAND))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "goes on from step 20 of 20" in done.stdout
+    assert "resumes from step 20 of 20" in done.stdout
     assert done.stdout.count(": accuracy ") == 4 and done.stdout.count(": diverged, ") == 2
     assert outcomes(cut) == outcomes(whole)
     assert left_over(cut) == []

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from lorax.runs.trial_id import trial_dir
 from lorax.sweep import run_packed
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.slow
 
@@ -125,7 +125,7 @@ def test_a_held_pack_is_waited_for_and_its_trials_are_refused_alone(world, tmp_p
     assert refusal.startswith(f"error: {tmp_path}/tiny/sst2-lora-r2-")
     assert f"is being trained by another process (process {first.pid} on " in refusal
     assert refusal.endswith("); wait, or stop it")
-    assert "goes on from step" in end(second, 2)
+    assert "resumes from step" in end(second, 2)
     assert steps(tmp_path) == [list(range(1, 26))] * 2
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from lorax.errors import LoraxError
+from lorax.runs.trial_id import trial_dir
 from lorax.sweep import run_packed
-from lorax.sweep.engine import PackEngine
 from lorax.sweep.pack import Pack
-from lorax.sweep.runner import is_out_of_memory, smaller_packs
-from lorax.train.engine import Solo
-from lorax.trial_id import trial_dir
+from lorax.sweep.run_pack import is_out_of_memory, smaller_packs
+from lorax.train.batched_engine import BatchedEngine
+from lorax.train.single_engine import SingleEngine
+from tests.helpers.world import of
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,8 @@ def world(deep_world):
 LIMITED = """
 import logging, pickle, re, resource, sys
 from pathlib import Path
-from lorax.sweep import at_the_door, run_packed
+from lorax.launch import entry_point
+from lorax.sweep import run_packed
 
 root, room = Path(sys.argv[1]), int(float(sys.argv[2]) * 2**30)
 
@@ -43,7 +45,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO, force=True)
-at_the_door(lambda: run_packed(pickle.loads((root / "trials").read_bytes())))
+entry_point(lambda: run_packed(pickle.loads((root / "trials").read_bytes())))
 """
 LARGE = {"batch_size": 3600, "max_steps": 2, "eval_every": 1, "log_every": 1}
 
@@ -115,11 +117,11 @@ def test_it_goes_on_with_fewer_side_by_side(world, tmp_path, roomy):
     trials = large_trials(world, tmp_path)
     code, out, err = run_limited(world, trials, 1.9)
     assert (code, err) == (0, "")
-    name = Pack(tuple(trials), 0).name
+    name = Pack(of(trials), 0).name
     assert [line for line in out.splitlines() if line.startswith("pack")] == [
         f"pack {name}: 4 trials, 2 steps; compiling",
-        f"pack {name} ran out of memory with 4 trials side by side: going on with 2 side by side",
-        f"pack {name} goes on from step 1 of 2; compiling",
+        f"pack {name} ran out of memory with 4 trials side by side: continuing with 2 side by side",
+        f"pack {name} resumes from step 1 of 2; compiling",
     ]
     assert_same_numbers(trials, roomy)
     record = json.loads((tmp_path / "tiny" / "packs" / name / "pack.json").read_text())
@@ -170,9 +172,9 @@ def expected(world, tmp_path_factory):
 
 def test_one_at_a_time_it_is_cut_into_two_packs(world, tmp_path, expected, monkeypatch, caplog):
     trials = small_trials(world, tmp_path, lanes=1)
-    failing_once(monkeypatch, PackEngine, "step", after=6)
+    failing_once(monkeypatch, BatchedEngine, "step", after=6)
     results = run_packed(trials)
-    assert "with 1 trial side by side: going on with packs of half the size" in caplog.text
+    assert "with 1 trial side by side: continuing with packs of half the size" in caplog.text
     assert [result["status"] for result in results] == ["finished"] * 4 + ["diverged"]
     assert_same_numbers(trials, expected)
     places = list(tmp_path.glob("tiny/packs/*/"))
@@ -185,8 +187,10 @@ def test_one_at_a_time_it_is_cut_into_two_packs(world, tmp_path, expected, monke
 @pytest.mark.parametrize("name", ["__init__", "predict", "host_state"])
 def test_memory_may_run_out_anywhere(world, tmp_path, expected, monkeypatch, name):
     trials = small_trials(world, tmp_path, lanes=5)
-    monkeypatch.setattr("lorax.sweep.packed.plan_packs", lambda trials: [Pack(tuple(trials), 1, 5)])
-    failing_once(monkeypatch, PackEngine, name)
+    monkeypatch.setattr(
+        "lorax.sweep.run_sweep.plan_packs", lambda trials, **_: [Pack(tuple(trials), 1, 5)]
+    )
+    failing_once(monkeypatch, BatchedEngine, name)
     assert [r["status"] for r in run_packed(trials)] == ["finished"] * 4 + ["diverged"]
     assert_same_numbers(trials, expected)
 
@@ -196,30 +200,32 @@ def test_xla_may_tell_it_by_a_value_error(world, tmp_path, expected, monkeypatch
         raise ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 2686084816 bytes.")
 
     trials = small_trials(world, tmp_path, lanes=5)
-    monkeypatch.setattr("lorax.sweep.packed.plan_packs", lambda trials: [Pack(tuple(trials), 1, 5)])
+    monkeypatch.setattr(
+        "lorax.sweep.run_sweep.plan_packs", lambda trials, **_: [Pack(tuple(trials), 1, 5)]
+    )
     monkeypatch.setitem(globals(), "ask_for_a_petabyte", fail)
-    failing_once(monkeypatch, PackEngine, "step", after=1)
+    failing_once(monkeypatch, BatchedEngine, "step", after=1)
     assert [r["status"] for r in run_packed(trials)] == ["finished"] * 4 + ["diverged"]
     assert_same_numbers(trials, expected)
 
 
 def test_a_trial_that_is_a_pack_by_itself(world, tmp_path, monkeypatch):
-    failing_once(monkeypatch, Solo, "step")
+    failing_once(monkeypatch, SingleEngine, "step")
     with pytest.raises(LoraxError, match="does not fit in memory even alone"):
         run_packed([world.trial(tmp_path)])
 
 
 def test_what_is_smaller(world, tmp_path):
-    trials = tuple(small_trials(world, tmp_path))
+    trials = of(small_trials(world, tmp_path))
     pack = Pack(trials, 1024)
     assert smaller_packs(pack, 5) == [Pack(trials, 1024, 2)]
     assert smaller_packs(pack, 3) == [Pack(trials, 1024, 1)]
     assert smaller_packs(pack, 1) == [Pack(trials[:3], 1024, 1), Pack(trials[3:], 1024, 1)]
     for trial in trials[:3]:
-        trial_dir(trial).mkdir(parents=True)
-        (trial_dir(trial) / "config.json").write_text("{}")
-        ended = {"status": "diverged", "trial_id": trial_dir(trial).name}
-        (trial_dir(trial) / "result.json").write_text(json.dumps(ended))
+        trial.directory.mkdir(parents=True)
+        (trial.directory / "config.json").write_text("{}")
+        ended = {"status": "diverged", "trial_id": trial.id}
+        (trial.directory / "result.json").write_text(json.dumps(ended))
     assert smaller_packs(pack, 1) == [Pack(trials[3:4], 1024, 1), Pack(trials[4:], 1024, 1)]
     with pytest.raises(LoraxError, match=f"trial {pack.ids[3]} does not fit"):
         smaller_packs(Pack(trials[3:4], 1024), 1)

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from lorax.sweep import pack, packed, planner, run_packed
+from lorax.runs.pack_dir import read_record, tidy
+from lorax.runs.trial_id import trial_dir
+from lorax.sweep import pack, planner, run_packed, run_sweep
 from lorax.sweep.cost import Probe
 from lorax.sweep.pack import Pack
 from lorax.train import run_trial
-from lorax.trial_id import trial_dir
+from tests.helpers.world import of
 
 
 class Killed(BaseException):
@@ -43,7 +45,7 @@ def records(root):
 
 def kill_before(monkeypatch, number):
     """Let the process die before it trains its pack of that number."""
-    run, seen = packed.run_pack, []
+    run, seen = run_sweep.run_pack, []
 
     def run_pack(one):
         seen.append(one)
@@ -51,7 +53,7 @@ def kill_before(monkeypatch, number):
             raise Killed
         return run(one)
 
-    monkeypatch.setattr(packed, "run_pack", run_pack)
+    monkeypatch.setattr(run_sweep, "run_pack", run_pack)
 
 
 def test_a_kill_between_packs_leaves_the_plan_of_the_rest(world, tmp_path, monkeypatch):
@@ -65,30 +67,30 @@ def test_a_kill_between_packs_leaves_the_plan_of_the_rest(world, tmp_path, monke
         (16,): None,
     }
     # Planned by themselves, both would fall into one pack, as padding 12 to 16 wastes little.
-    assert ranks_of(planner.plan_packs(trials[1:])) == [[12, 16]]
-    assert sorted(ranks_of(packed.packs_to_run(trials))) == [[12], [16]]
+    assert ranks_of(planner.plan_packs(of(trials[1:]))) == [[12, 16]]
+    assert sorted(ranks_of(run_sweep.packs_to_run(of(trials)))) == [[12], [16]]
 
 
 def test_a_plan_whose_trials_have_ended_does_not_come_back(world, tmp_path):
     trials = [world.trial(tmp_path, seed=n) for n in range(3)]
-    assert ranks_and_seeds(packed.packs_to_run(trials)) == [[0, 1, 2]]
+    assert ranks_and_seeds(run_sweep.packs_to_run(of(trials))) == [[0, 1, 2]]
     for trial in trials:
         run_trial(trial)  # by a command that keeps no plans
     run_packed(trials)
     assert [r.get("is_over") for r in all_records(tmp_path)] == [True]
     (trial_dir(trials[1]) / "result.json").unlink()
-    assert ranks_and_seeds(packed.packs_to_run(trials)) == [[1]]
+    assert ranks_and_seeds(run_sweep.packs_to_run(of(trials))) == [[1]]
 
 
 def test_a_plan_that_rests_on_other_limits_is_made_again(world, tmp_path):
     seeds = [world.trial(tmp_path, seed=n) for n in range(4)]
-    assert [len(one.trials) for one in packed.packs_to_run(seeds)] == [4]
+    assert [len(one.trials) for one in run_sweep.packs_to_run(of(seeds))] == [4]
     halves = [world.trial(tmp_path, seed=n, sweep={"max_trials": 2}) for n in range(4)]
     for trial in halves:
         trial.sweep.name = "tiny"
-    planned = packed.packs_to_run(halves)
+    planned = run_sweep.packs_to_run(of(halves))
     assert [len(one.trials) for one in planned] == [2, 2]
-    assert sorted(ranks_and_seeds(packed.packs_to_run(halves))) == [[0, 1], [2, 3]]
+    assert sorted(ranks_and_seeds(run_sweep.packs_to_run(of(halves)))) == [[0, 1], [2, 3]]
     assert [r.get("is_over") for r in all_records(tmp_path)].count(True) == 1
 
 
@@ -102,9 +104,9 @@ def all_records(root):
 
 def test_a_plan_of_which_a_trial_has_ended_elsewhere_is_made_again(world, tmp_path):
     trials = [world.trial(tmp_path, seed=n) for n in range(3)]
-    assert ranks_and_seeds(packed.packs_to_run(trials)) == [[0, 1, 2]]
+    assert ranks_and_seeds(run_sweep.packs_to_run(of(trials))) == [[0, 1, 2]]
     run_trial(trials[0])
-    assert ranks_and_seeds(packed.packs_to_run(trials)) == [[1, 2]]
+    assert ranks_and_seeds(run_sweep.packs_to_run(of(trials))) == [[1, 2]]
     assert sorted(len(r["trials"]) for r in all_records(tmp_path) if not r.get("is_over")) == [2]
 
 
@@ -114,17 +116,17 @@ def test_of_two_that_plan_at_once_the_first_record_is_the_plan_of_both(
     trials = [world.trial(tmp_path, seed=n) for n in range(4)]
     others = []
 
-    def plan_packs(chosen):
+    def plan_packs(chosen, **_):
         monkeypatch.undo()
         # While this process plans one pack, another one records two, of which it trains one.
         two = [Pack(tuple(chosen[:2]), 8), Pack(tuple(chosen[2:]), 8)]
         with monkeypatch.context() as patch:
-            patch.setattr(packed, "plan_packs", lambda _: two)
-            others.extend(packed.packs_to_run(trials))
+            patch.setattr(run_sweep, "plan_packs", lambda *_, **__: two)
+            others.extend(run_sweep.packs_to_run(of(trials)))
         return [Pack(tuple(chosen), 8)]
 
-    monkeypatch.setattr(packed, "plan_packs", plan_packs)
-    ours = packed.packs_to_run(trials)
+    monkeypatch.setattr(run_sweep, "plan_packs", plan_packs)
+    ours = run_sweep.packs_to_run(of(trials))
     assert sorted(ranks_and_seeds(ours)) == sorted(ranks_and_seeds(others)) == [[0, 1], [2, 3]]
     assert len(all_records(tmp_path)) == 2
 
@@ -143,9 +145,9 @@ def test_of_two_that_plan_at_once_the_first_record_is_the_plan_of_both(
 )
 def test_a_record_of_other_types_counts_as_lost(world, tmp_path, record):
     trials = [world.trial(tmp_path, seed=n) for n in range(2)]
-    (planned,) = packed.packs_to_run(trials)
+    (planned,) = run_sweep.packs_to_run(of(trials))
     (planned.directory / "pack.json").write_text(record)
-    assert pack.read_record(planned.directory) is None
-    assert pack.recorded_packs(trials) == []
-    pack.tidy(trials)
-    assert packed.packs_to_run(trials) == [planned]
+    assert read_record(planned.directory) is None
+    assert pack.recorded_packs(of(trials)) == []
+    tidy(pack.sweep_dirs(of(trials)))
+    assert run_sweep.packs_to_run(of(trials)) == [planned]

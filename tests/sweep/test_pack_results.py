@@ -10,15 +10,15 @@ import time
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
 from lorax.config import MeshConfig
 from lorax.errors import LoraxError
+from lorax.runs.adapter import load_adapter
+from lorax.runs.content import with_content
+from lorax.runs.trial_id import trial_dir, trial_id
 from lorax.sweep import plan_table, run_packed
-from lorax.sweep.engine import PackEngine
 from lorax.train import run_trial
-from lorax.train.content import with_content
-from lorax.train.engine import Solo
-from lorax.trial_id import trial_dir, trial_id
+from lorax.train.batched_engine import BatchedEngine
+from lorax.train.single_engine import SingleEngine
 
 pytestmark = pytest.mark.production  # level 0 rounds a lane alone and among others differently
 LENGTHS = {"max_shapes": 4, "batch_size": 4}
@@ -118,9 +118,9 @@ def ran(world, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_ENTITY"):
             patch.delenv(name, raising=False)
-        patch.setattr("lorax.tracking._has_netrc_key", lambda: False)
-        watch(PackEngine, patch)
-        watch(Solo, patch)
+        patch.setattr("lorax.runs.trackers._has_netrc_key", lambda: False)
+        watch(BatchedEngine, patch)
+        watch(SingleEngine, patch)
         *results, duplicate = run_packed([*packed.values(), packed["finishes"]])
         batches, batches_alone, results_alone = list(seen), {}, {}
         for kind, trial in alone.items():
@@ -308,7 +308,7 @@ def test_trials_without_wandb_start_no_run(ran):
 
 def test_all_again_trains_and_plans_nothing(ran, monkeypatch):
     for name in ("plan_packs", "run_pack"):
-        monkeypatch.setattr(f"lorax.sweep.packed.{name}", None)  # whoever calls it, fails
+        monkeypatch.setattr(f"lorax.sweep.run_sweep.{name}", None)  # whoever calls it, fails
     paths = [trial_dir(trial) / "result.json" for trial in ran.packed.values()]
     before = [path.stat().st_mtime_ns for path in paths]
     assert run_packed(list(ran.packed.values())) == list(ran.results.values())
@@ -353,10 +353,10 @@ def test_no_trials_are_no_results():
 
 def test_a_plan_counts_a_trial_once_as_a_run_does(world, tmp_path, monkeypatch, capsys):
     planned = []
-    monkeypatch.setattr(plan_table, "plan_packs", lambda trials, **_: planned.extend(trials) or [])
+    monkeypatch.setattr(plan_table, "plan_sweep", lambda trials, **_: planned.extend(trials) or [])
     trials = [world.trial(tmp_path, seed=seed) for seed in (0, 1, 0)]
     plan_table.print_plan(trials)
-    assert [trial.seed for trial in planned] == [0, 1]
+    assert [trial.config.seed for trial in planned] == [0, 1]
     assert "2 trials" in capsys.readouterr().out
 
 

@@ -12,14 +12,17 @@ from hypothesis import given, settings
 
 from lorax import data
 from lorax.errors import LoraxError
-from lorax.free_memory import free_host_memory
+from lorax.runs.trial import Trial
+from lorax.runtime.memory import free_host_memory
 from lorax.sweep import cost, planner
-from lorax.sweep.cost import GIB, Probe, Size, memory_limit, shapes_of, sizes_of, steps_of
-from lorax.sweep.engine import even_share
+from lorax.sweep.cost import GIB, Probe, Size, memory_limit, sizes_of
 from lorax.sweep.planner import plan_packs, rank_buckets
+from lorax.sweep.workload import Workload
+from lorax.train.batched_engine import even_share
 from lorax.train.dataset import load_dataset
-from lorax.train.lane import Lane
-from lorax.train.measure import Meter
+from lorax.train.meter import Meter
+from lorax.train.run import Run
+from tests.helpers.world import of
 
 pytestmark = pytest.mark.slow
 
@@ -104,9 +107,12 @@ def test_sizes_count_the_flops_of_each_target(world):
 
 
 def test_the_base_costs_two_products_of_each_kernel_a_token(world):
-    frozen_pooler_or_head = cost.base_flops(world.trial()) - 4 * LAYERS
+    frozen_pooler_or_head = Workload.of(world.trial()).base_flops - 4 * LAYERS
     assert 0 <= frozen_pooler_or_head <= 4 * 32 * 32
-    assert cost.base_flops(world.trial(lora={"rank": 9})) == cost.base_flops(world.trial())
+    assert (
+        Workload.of(world.trial(lora={"rank": 9})).base_flops
+        == Workload.of(world.trial()).base_flops
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,13 +121,13 @@ def test_the_base_costs_two_products_of_each_kernel_a_token(world):
 def test_steps_are_those_of_the_loop(world, train):
     trial = world.trial(train={"max_steps": None, **train})
     dataset = load_dataset(trial)
-    lane = Lane(trial, None, None, dataset, None, None, meter=Meter())
-    assert steps_of(trial) == lane.total_steps
+    lane = Run(Trial.of(trial), None, None, dataset, None, None, meter=Meter())
+    assert Workload.of(trial).steps == lane.total_steps
 
 
 def test_the_shares_of_shapes_are_near_those_of_an_epoch(world):
     trial = world.trial(train={"max_shapes": 4, "batch_size": 4})
-    dataset, shares = load_dataset(trial), shapes_of(trial)
+    dataset, shares = load_dataset(trial), Workload.of(trial).shapes
     assert len(shares) > 1 and sum(shares.values()) == pytest.approx(1)
     batches = [
         batch
@@ -137,8 +143,8 @@ def test_the_shares_of_shapes_are_near_those_of_an_epoch(world):
 
 def test_a_dummy_batch_has_the_shape_of_a_real_one(world):
     trial = world.trial(train={"grad_accum": 2})
-    rows = max(shapes_of(trial))
-    dataset, dummy = load_dataset(trial), cost.dummy_batch(trial, rows)
+    rows = max(Workload.of(trial).shapes)
+    dataset, dummy = load_dataset(trial), Workload.of(trial).dummy_batch(rows)
     layout = dataclasses.replace(dataset.layout, rows=(rows,))
     (real,) = data.collate_alike(dataset.train, [np.arange(16)], layout, parts=2)
     assert {k: (x.shape, x.dtype) for k, x in dummy.items()} == {
@@ -209,7 +215,7 @@ def seeds_of(packs):
 )
 def test_memory_limits_lanes_side_by_side_first_and_then_trials(world, machine, limit, packs, side):
     machine()
-    plan = plan_packs(alike(world, 8, memory_limit_gib=limit / GIB))
+    plan = plan_packs(of(alike(world, 8, memory_limit_gib=limit / GIB)))
     assert flat(seeds_of(plan)) == list(range(8))
     assert [len(pack.trials) for pack in plan] == [8 // packs] * packs
     assert [pack.predicted["side_by_side"] for pack in plan] == [side] * packs
@@ -226,7 +232,7 @@ def test_a_plan_has_every_trial_once_within_all_limits(count, limit, most):
     with pytest.MonkeyPatch.context() as patch:
         for name in ("pack_memory", "trial_memory", "measure_probe"):
             patch.setattr(planner, name, getattr(made, name))
-        plan = plan_packs(trials)
+        plan = plan_packs(of(trials))
     assert flat(seeds_of(plan)) == list(range(count))
     for pack in plan:
         assert len(pack.trials) <= most
@@ -246,7 +252,7 @@ def twenty_trials(world):
 def test_a_limit_below_one_trial_is_one_line_with_both_figures_and_what_to_do(world, machine):
     machine()
     with pytest.raises(LoraxError) as fault:
-        plan_packs(alike(world, 4, memory_limit_gib=1000 / GIB))
+        plan_packs(of(alike(world, 4, memory_limit_gib=1000 / GIB)))
     (line,) = str(fault.value).splitlines()
     assert line.startswith("one trial of tiny needs 0.00 GiB, above the limit of 0.00 GiB")
     for word in ("sweep.memory_limit_gib", "train.batch_size", "train.grad_accum", "max_length"):
@@ -255,15 +261,15 @@ def test_a_limit_below_one_trial_is_one_line_with_both_figures_and_what_to_do(wo
 
 def test_packs_have_at_most_so_many_trials_evenly(world, machine):
     machine()
-    plan = plan_packs(alike(world, 7, max_trials=3))
+    plan = plan_packs(of(alike(world, 7, max_trials=3)))
     assert seeds_of(plan) == [[0, 1, 2], [3, 4], [5, 6]]
 
 
 def test_lanes_side_by_side_are_as_asked_for_and_lowered_by_memory_alone(world, machine):
     made = machine()
-    (pack,) = plan_packs(alike(world, 6, lanes=3))
+    (pack,) = plan_packs(of(alike(world, 6, lanes=3)))
     assert (pack.lanes, pack.predicted["side_by_side"], made.asked) == (3, 3, [(6, 3)])
-    (pack,) = plan_packs(alike(world, 6, lanes=3, memory_limit_gib=1600 / GIB))
+    (pack,) = plan_packs(of(alike(world, 6, lanes=3, memory_limit_gib=1600 / GIB)))
     assert (pack.lanes, pack.predicted["side_by_side"]) == (1, 1)
 
 
@@ -275,9 +281,9 @@ def test_a_pack_is_named_by_its_trials_and_their_order_alone(world, machine):
     """How many are side by side may change while it runs."""
     machine()
     trials = alike(world, 3)
-    (pack,), (narrow,) = plan_packs(trials), plan_packs(alike(world, 3, lanes=1))
+    (pack,), (narrow,) = plan_packs(of(trials)), plan_packs(of(alike(world, 3, lanes=1)))
     assert pack.name == narrow.name and pack.name.startswith("3-")
-    names = {plan_packs(other)[0].name for other in (trials[::-1], trials[:2])}
+    names = {plan_packs(of(other))[0].name for other in (trials[::-1], trials[:2])}
     assert len(names | {pack.name}) == 3
 
 
@@ -292,7 +298,7 @@ def by_rank(world, ranks=RANKS, **lora):
 
 
 def step_tokens(trial):
-    (rows,) = shapes_of(trial)
+    (rows,) = Workload.of(trial).shapes
     return cost.tokens_of(trial, rows)
 
 
@@ -320,9 +326,9 @@ def predicted_seconds(world, base, buckets, probe):
 def test_ranks_are_parted_exactly_as_the_least_time_has_it(world, machine, compile_seconds, ranks):
     probe = Probe(compile_seconds, seconds_per_token=1e-5, adapter_flops=5000.0)
     machine(probe)
-    plan = plan_packs(by_rank(world))
+    plan = plan_packs(of(by_rank(world)))
     assert [[t.lora.rank for t in pack.trials] for pack in plan] == ranks
-    base = cost.base_flops(world.trial())
+    base = Workload.of(world.trial()).base_flops
     ours = predicted_seconds(world, base, seeds_of(plan), probe)
     ways = partitions(range(len(RANKS)))
     assert ours == pytest.approx(min(predicted_seconds(world, base, way, probe) for way in ways))
@@ -330,7 +336,7 @@ def test_ranks_are_parted_exactly_as_the_least_time_has_it(world, machine, compi
 
 def test_little_padding_is_not_worth_a_measurement(world, machine):
     machine(probe=None)
-    (pack,) = plan_packs(by_rank(world, ranks=(1, 2, 1), targets="q"))
+    (pack,) = plan_packs(of(by_rank(world, ranks=(1, 2, 1), targets="q")))
     assert 0 < pack.predicted["padding"] < 0.05
     assert "seconds" not in pack.predicted
 
@@ -341,13 +347,13 @@ def test_the_plan_that_is_printed_is_the_plan_that_is_run(world, machine, ranks)
     for compile_seconds in (1e-9, 1e-3, 1e9):
         machine(Probe(compile_seconds, seconds_per_token=1e-5, adapter_flops=5000.0))
         trials = by_rank(world, ranks)
-        printed, run = plan_packs(trials, with_times=True), plan_packs(trials)
+        printed, run = plan_packs(of(trials), with_times=True), plan_packs(of(trials))
         assert [pack.name for pack in printed] == [pack.name for pack in run]
 
 
 def test_predicted_times_follow_from_the_measured_step(world, machine):
     machine(Probe(3.0, seconds_per_token=1e-5, adapter_flops=6.0 * 2 * 2 * 64))
-    (pack,) = plan_packs(alike(world, 5), with_times=True)
+    (pack,) = plan_packs(of(alike(world, 5)), with_times=True)
     # The measured adapter is as large as these.
     per_step = 5 * step_tokens(world.trial()) * 1e-5
     assert pack.predicted["seconds_per_step"] == pytest.approx(per_step)
@@ -368,7 +374,7 @@ def test_a_program_that_is_compiled_already_costs_what_it_did(world, machine):
         trials = by_rank(world, ranks=(1, 32))
         for trial in trials:
             trial.train.batch_size = 3  # a program that no other test has
-        plans = [plan_packs(trials) for _ in range(2)]
+        plans = [plan_packs(of(trials)) for _ in range(2)]
     assert [probe.compile_seconds > 0 for probe in probes] == [True, True]
     assert seeds_of(plans[0]) == seeds_of(plans[1]) == [[0, 1]]
 
@@ -376,11 +382,11 @@ def test_a_program_that_is_compiled_already_costs_what_it_did(world, machine):
 def test_memory_is_what_xla_says_of_the_program_that_runs(world):
     """Of four lanes, with as many side by side as fit: the real compiler's figures."""
     trials = alike(world, 4)
-    (whole,) = plan_packs(trials)
+    (whole,) = plan_packs(of(trials))
     assert whole.predicted["side_by_side"] == 4
     half, side = cost.pack_memory(trials, tokens_at_once=1024, lanes=2)
     assert side == 2 and half < whole.predicted["memory_bytes"]
-    (limited,) = plan_packs(alike(world, 4, memory_limit_gib=half / GIB))
+    (limited,) = plan_packs(of(alike(world, 4, memory_limit_gib=half / GIB)))
     assert limited.lanes == 2
     assert limited.predicted["memory_bytes"] == half
     alone = cost.trial_memory(trials[0])

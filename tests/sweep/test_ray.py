@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorax.trial_id import trial_dir
+from lorax.runs.trial_id import trial_dir
 
 pytest.importorskip("ray", reason="needs the extra ray")
 

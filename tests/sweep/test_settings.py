@@ -11,13 +11,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tqdm.auto import tqdm
 
 from lorax.config import TrialConfig
-from lorax.sweep import config_of
-from lorax.sweep.cli import run_command
-from lorax.sweep.closing import closing_lines
-from lorax.sweep.faults import flag_fault, meant_setting, system_fault
-from lorax.sweep.settings import SYNONYMS, all_settings, setting_names, settings_help
-from lorax.train.trial import progress_bar
-from lorax.trial_id import trial_id
+from lorax.launch import config_of
+from lorax.launch.application import run_command
+from lorax.launch.faults import flag_fault, meant_setting, system_fault
+from lorax.launch.settings import SYNONYMS, all_settings, setting_names, settings_help
+from lorax.runs.trial_id import trial_id
+from lorax.sweep.summary import closing_lines
+from lorax.train.run_trial import progress_bar
 
 
 def test_every_setting_says_what_it_is():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorax.trial_id import trial_dir
+from lorax.runs.trial_id import trial_dir
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
 from tests.helpers import fake_slurm

@@ -8,8 +8,8 @@ import pytest
 from lorax import data
 from lorax.config import TrialConfig
 from lorax.lora.paths import leaves_by_path
+from lorax.runtime.compiler import compile_cost
 from lorax.train.dataset import load_dataset
-from lorax.train.measure import compile_cost
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import State, init_state, predict, train_step
 

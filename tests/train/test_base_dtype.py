@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorax.checkpoint import Checkpoints, load_adapter
 from lorax.models import KINDS, Quantized, dequantize
-from lorax.sweep.cost import base_flops
+from lorax.runs.adapter import load_adapter
+from lorax.runs.checkpoints import Checkpoints
+from lorax.runs.trial_id import trial_dir
+from lorax.runtime.compiler import compiler_options
+from lorax.sweep.workload import Workload
 from lorax.train import run_trial
-from lorax.train.compiler import compiler_options
 from lorax.train.step import train_step
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.slow
 
@@ -133,4 +134,4 @@ def interrupt_after(steps, trial):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantized_base_is_planned_like_any_other(world, kind):
     plain, small = world.trial(), world.trial(train={"base_dtype": kind})
-    assert base_flops(small) == base_flops(plain) > 0
+    assert Workload.of(small).base_flops == Workload.of(plain).base_flops > 0

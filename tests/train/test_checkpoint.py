@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 
 from lorax import LoraSpec
-from lorax.checkpoint import Checkpoints, load_adapter, lora_tree, save_adapter, write_json
 from lorax.errors import LoraxError
+from lorax.runs.adapter import load_adapter, lora_tree, save_adapter
+from lorax.runs.checkpoints import Checkpoints
+from lorax.runs.files import write_json
+from lorax.runs.trial_id import trial_dir
 from lorax.train import run_trial, spec_of
-from lorax.trial_id import trial_dir
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@ import jaxlib.utils
 import numpy as np
 import pytest
 
-from lorax.train import compiler, measure
-from lorax.train.measure import compile_cost
+from lorax.runtime import compiler
+from lorax.runtime.compiler import compile_cost
 from lorax.train.step import train_step
 
 
@@ -49,4 +49,4 @@ def test_xlas_own_log_is_off_while_a_program_is_compiled(monkeypatch):
     monkeypatch.setattr(jaxlib.utils, "absl_set_min_log_level", levels.append)
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
     cost, _ = compile_cost(jax.jit(lambda x: x + 1), np.ones(3))
-    assert levels == [measure.FATAL, 0] and cost.memory_bytes > 0
+    assert levels == [compiler.FATAL, 0] and cost.memory_bytes > 0

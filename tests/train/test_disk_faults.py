@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lorax.checkpoint import Checkpoints, save_adapter
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec
+from lorax.runs.adapter import save_adapter
+from lorax.runs.checkpoints import Checkpoints
+from lorax.runs.trial_id import trial_dir
 from lorax.train import run_trial
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.slow
 

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
+from lorax.runs.trial_id import trial_dir
 from lorax.sweep import run_trials
-from lorax.sweep.serial import summary_line
+from lorax.sweep.run_serial import summary_line
 from lorax.train import run_trial
-from lorax.trial_id import trial_dir
 
 ABSURD = {"lr": 1e30, "warmup_ratio": 0.0}
 

@@ -6,8 +6,8 @@ import scipy.stats
 import sklearn.metrics
 
 from lorax import data
-from lorax.train.engine import Solo
 from lorax.train.evaluation import predict_all, predict_split, score
+from lorax.train.single_engine import SingleEngine
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ def outputs_one_by_one(trial, encoded):
 
 
 def evaluation(trial):
-    engine = Solo(trial.setup, trial.state)
+    engine = SingleEngine(trial.setup, trial.state)
     splits = trial.dataset.dev.items()
     outputs = {
         name: predict_split(engine.predict, trial.dataset, encoded, 32)[0]

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
+from lorax.runs.adapter import load_adapter
 
 pytestmark = pytest.mark.production
 
@@ -85,7 +85,7 @@ def test_killed_at_every_kind_of_moment_it_ends_with_the_same_numbers(
         assert not (trial_of(tmp_path) / "result.json").exists(), moment
     done = world.finetune(*world.overrides(tmp_path, *OVERRIDES))
     assert done.returncode == 0, done.stderr
-    assert "goes on from step 60 of 60" in done.stdout + done.stderr
+    assert "resumes from step 60 of 60" in done.stdout + done.stderr
     assert outcome(tmp_path) == uninterrupted
     assert steps(tmp_path) == [56, 60] and not is_writing(tmp_path, "")
 

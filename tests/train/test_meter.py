@@ -1,18 +1,19 @@
 import pytest
 
-from lorax.train import measure
-from lorax.train.measure import Meter, StepCost
+from lorax.runtime.compiler import StepCost
+from lorax.train import meter
+from lorax.train.meter import Meter
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands still but for `clock[0] += seconds`."""
     now = [100.0]
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
     return now
 
 
-def leg(clock, record, length, steps, *, lanes=1, preparing=0.0):
+def train(clock, record, length, steps, *, lanes=1, preparing=0.0):
     """A process that trains on batches of one length, half a second a step, up to a checkpoint."""
     started = clock[0]
     clock[0] += preparing
@@ -27,7 +28,7 @@ def leg(clock, record, length, steps, *, lanes=1, preparing=0.0):
 
 
 def test_costs_survive_any_number_of_legs(clock):
-    record = leg(clock, leg(clock, leg(clock, None, 32, 2), 16, 1), 16, 1)
+    record = train(clock, train(clock, train(clock, None, 32, 2), 16, 1), 16, 1)
     summary = Meter.restore(record).summary()
     assert summary["steps_by_tokens"] == {"16": 2, "32": 2}
     assert summary["flops_per_step"] == pytest.approx(240.0)
@@ -38,7 +39,7 @@ def test_costs_survive_any_number_of_legs(clock):
 
 
 def test_lanes_share_the_time_from_the_first_ones_preparation_on(clock):
-    summary = Meter.restore(leg(clock, None, 8, 4, lanes=5, preparing=3.0)).summary()
+    summary = Meter.restore(train(clock, None, 8, 4, lanes=5, preparing=3.0)).summary()
     assert summary["seconds_total"] == pytest.approx((3.0 + 4 * 0.5) / 5)
     assert summary["seconds_per_step"] == pytest.approx(0.1)
     assert summary["compile_seconds"] == pytest.approx(0.2)

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
+from lorax.runs.adapter import load_adapter
+from lorax.runs.trial_id import trial_dir
+from lorax.runtime.compiler import compiled_programs
 from lorax.train import run_trial
-from lorax.train.measure import compiled_programs
 from lorax.train.step import predict
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.slow
 

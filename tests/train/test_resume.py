@@ -6,12 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
+from lorax.config import TrialConfig
+from lorax.runs.adapter import load_adapter
+from lorax.runs.restore import restore
+from lorax.runs.trial import Trial
+from lorax.runs.trial_id import trial_dir
 from lorax.train import run_trial
-from lorax.train.restore import restore
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.production
 
@@ -78,7 +80,7 @@ def like(finished):
 
 def restored(directory, like):
     """What a trial goes on from: its arrays' bytes, and the record."""
-    arrays, record = restore(directory, like)
+    arrays, record = restore(Trial(TrialConfig(), directory), like)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(arrays)], record["progress"]
 
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
+from lorax.runs.trial_id import trial_dir
 from lorax.train import run_trial
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.production
 

@@ -7,11 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from lorax import stop
-from lorax.checkpoint import load_adapter
+from lorax.runs.adapter import load_adapter
+from lorax.runs.trial_id import trial_dir
+from lorax.runtime import stop
 from lorax.sweep import run_packed
 from lorax.train import run_trial
-from lorax.trial_id import trial_dir
 from tests.helpers.signals import SignalAt, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")]
@@ -48,7 +48,7 @@ def whole(world, tmp_path_factory):
 def test_a_stopped_trial_has_saved_its_step_and_goes_on_to_the_bit(world, tmp_path, whole, number):
     trial = trial_of(world, tmp_path)
     handler = signal.getsignal(number)
-    with SignalAt(number, trial, 5), pytest.raises(stop.Stopped) as stopped, stop.at_a_door():
+    with SignalAt(number, trial, 5), pytest.raises(stop.Stopped) as stopped, stop.at_entry_point():
         run_trial(trial)
     assert signal.getsignal(number) is handler
     (saved,) = steps(trial_dir(trial))
@@ -69,7 +69,7 @@ def test_a_stopped_pack_has_saved_its_step_and_goes_on_to_the_bit(world, tmp_pat
     with (
         SignalAt(signal.SIGINT, cut[1], 5),
         pytest.raises(stop.Stopped, match=r"at step \d+ of 60"),
-        stop.at_a_door(),
+        stop.at_entry_point(),
     ):
         run_packed(cut)
     (folder,) = (tmp_path / "cut").glob("tiny/packs/*/")
@@ -155,8 +155,8 @@ def test_checkpoints_by_minutes_change_nothing_else(world, tmp_path):
 FORKS = """
 import json, os, pickle, signal, sys, threading, time
 from pathlib import Path
-from lorax.sweep import at_the_door
-from lorax.sweep.serial import run_and_tell
+from lorax.launch import entry_point
+from lorax.sweep.run_serial import run_and_tell
 
 root = Path(sys.argv[1])
 
@@ -195,7 +195,7 @@ for name, moment in MOMENTS.items():
     if pid == 0:
         os.dup2(os.open(root / f"{name}.err", os.O_WRONLY | os.O_CREAT), 2)
         watch(*moment)
-        at_the_door(lambda: run_and_tell(trial))
+        entry_point(lambda: run_and_tell(trial))
         os._exit(0)
     ends[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 print(json.dumps(ends))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lorax.config import LoraConfig, TrialConfig
 from lorax.effective import in_canonical_order
 from lorax.lora import LoraSpec
-from lorax.trial_id import trial_dir, trial_id
+from lorax.runs.trial_id import trial_dir, trial_id
 
 OTHER = {
     "task.name": "mrpc",

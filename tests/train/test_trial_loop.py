@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from lorax.checkpoint import load_adapter
 from lorax.errors import LoraxError
+from lorax.runs.adapter import load_adapter
+from lorax.runs.trial_id import trial_dir
 from lorax.train import run_trial
 from lorax.train.dataset import load_dataset
-from lorax.trial_id import trial_dir
 
 pytestmark = pytest.mark.slow
 
@@ -122,7 +122,7 @@ def test_checkpoints_go_when_the_trial_has_ended(world, tmp_path):
 def test_one_process_at_a_time(world, tmp_path):
     config = world.trial(tmp_path)
     trial_dir(config).mkdir(parents=True)
-    hold = "import sys; from pathlib import Path; from lorax.lock import locked\n"
+    hold = "import sys; from pathlib import Path; from lorax.runs.lock import locked\n"
     hold += "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(trial_dir(config))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

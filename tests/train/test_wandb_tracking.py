@@ -9,11 +9,12 @@ import time
 
 import pytest
 
-from lorax import stop, tracking
 from lorax.errors import LoraxError
+from lorax.runs import trackers as tracking
+from lorax.runs.trial_id import trial_dir, trial_id
+from lorax.runtime import stop
 from lorax.sweep import run_packed, run_trials
 from lorax.train import run_trial
-from lorax.trial_id import trial_dir, trial_id
 from tests.helpers.signals import SignalAt
 
 pytestmark = pytest.mark.slow
@@ -53,7 +54,7 @@ def values(items):
 def offline(monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT", "WANDB_ENTITY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("lorax.tracking._has_netrc_key", lambda: False)
+    monkeypatch.setattr("lorax.runs.trackers._has_netrc_key", lambda: False)
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_no_fault_of_tracking_costs_a_trial_of_a_pack(world, tmp_path, offline, 
     assert ends == ["finished", "diverged", "finished"]
     assert artifacts(good) == [f"adapter-{trial_id(good)}".replace("+", "_")]
     assert exit_codes(good) == [0] and exit_codes(diverging) == [1]
-    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.tracking")
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.runs.trackers")
     assert warning.startswith(f"{trial_id(blocked)}: W&B has failed (FileExistsError: ")
     metrics = (trial_dir(blocked) / "metrics.jsonl").read_bytes()
 
@@ -154,7 +155,7 @@ def test_what_a_fault_kept_from_it_is_sent_when_the_trial_goes_on(tmp_path, offl
     both.log(lines[2])
     both.log(lines[3])
     both.close(tracking.INTERRUPTED)
-    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.tracking")
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.runs.trackers")
     assert "W&B has failed (UsageError: " in warning
 
     again = tracking.open_tracker(config, tmp_path, trial, 3)  # the last checkpoint's step
@@ -186,7 +187,7 @@ def test_a_trial_that_is_stopped_is_an_interrupted_run(world, tmp_path, offline)
         tracking={"kind": "wandb"},
         train={"max_steps": 60, "eval_every": 60, "log_every": 1},
     )
-    with SignalAt(signal.SIGINT, trial, 3), pytest.raises(stop.Stopped), stop.at_a_door():
+    with SignalAt(signal.SIGINT, trial, 3), pytest.raises(stop.Stopped), stop.at_entry_point():
         run_trial(trial)
     assert exit_codes(trial) == [255]
 
@@ -212,7 +213,7 @@ def test_a_server_that_is_not_reached_leaves_the_run_offline(
             tracker.close()
     finally:
         wandb.teardown()  # it has read the environment
-    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.tracking")
+    (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.runs.trackers")
     assert "cannot be reached" in warning and "wandb sync" in warning
     runs = list(tmp_path.glob("*/wandb/offline-run-*/run-*.wandb"))
     assert [steps(whole(path)) for path in runs] == [[1], [1]]

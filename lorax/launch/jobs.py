@@ -1,0 +1,176 @@
+"""Trials as jobs of a cluster: what the Slurm and the Ray launcher share.
+
+The submitting process composes, checks and groups; it trains nothing and holds no accelerator.
+Each job plans packs of its trials on its own device, and its results come back.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from lorax.config import TrialConfig
+from lorax.errors import LoraxError
+from lorax.launch.application import quiet_libraries
+from lorax.runs.results import Result
+from lorax.runs.trial import Trial
+from lorax.runtime import stop
+from lorax.runtime.process import prepare_process
+from lorax.runtime.provenance import command_line, set_command_line
+from lorax.sweep.compatibility import group_for_jobs
+from lorax.sweep.damaged import left_out, without_damaged
+from lorax.sweep.run_sweep import catch_up_all, checked, run_packed
+from lorax.sweep.words import counted
+
+log = logging.getLogger(__name__)
+
+
+class JobFailed(RuntimeError):  # noqa: N818
+    """A job's fault, in one line, as it leaves the job."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Trials on their way to where they are trained; submitit and Ray pickle and call it.
+
+    Attributes:
+      trials: those that can share a program; see `group_for_jobs`.
+      directory: where it was submitted; relative paths of a trial hold there.
+      command: that submitted it, for the results.
+    """
+
+    trials: list[TrialConfig]
+    directory: str = field(default_factory=lambda: str(Path.cwd()))
+    command: str = field(default_factory=command_line)
+
+    def __call__(self) -> list[Result]:
+        """Train the trials.
+
+        Raises:
+          JobFailed: any fault, in one line; its cause stands in the job's log.
+        """
+        _open_log()
+        prepare_process()
+        try:
+            os.chdir(self.directory)
+            set_command_line(self.command)
+            with stop.in_a_job():
+                return run_packed(self.trials)
+        except Exception as fault:
+            raise JobFailed(_reason(fault)) from fault
+
+    def checkpoint(self) -> Any:
+        """What submitit is to submit again at preemption or timeout: the same job.
+
+        Its packs go on from their own checkpoints; the step that was trained last is saved.
+        """
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+      place: the job's name where it ran, and its log.
+      results: of its trials, in order; None: it failed.
+      fault: why, in one line.
+    """
+
+    place: str
+    results: list[Result] | None = None
+    fault: str = ""
+
+
+Submit = Callable[[Sequence[Job]], Iterator[tuple[int, Outcome]]]
+
+
+def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | LoraxError]:
+    """Check all trials, train them as jobs, wait for all of these; ended trials are skipped.
+
+    Args:
+      trials: a sweep.
+      submit: starts jobs, and yields each one's number and outcome as it ends.
+
+    Returns:
+      A result for each trial, in order; for those that a failed job has left open, a fault that
+      counts them; for those whose results are damaged, a fault that names the first.
+
+    Raises:
+      LoraxError: a trial that cannot run, before anything is submitted; or the submission failed.
+    """
+    _leave_accelerators_alone()
+    asked = checked(trials, devices_are_here=False)
+    unique, damaged = without_damaged(list(dict.fromkeys(asked)))
+    catch_up_all(unique)
+    groups = group_for_jobs([trial.config for trial in unique])
+    # Whole groups: a pack that was killed resumes with its ended trials in their lanes.
+    jobs = [[unique[n] for n in group] for group in groups]
+    jobs = [job for job in jobs if any(trial.is_open for trial in job)]
+    results, failed = _wait(jobs, submit)
+    ended = {trial: results.get(trial) or trial.result() for trial in unique}
+    left = sum(result is None for result in ended.values())
+    fault = LoraxError(
+        f"{len(failed)} of {counted(len(jobs), 'job')} failed and left {counted(left, 'trial')}; "
+        "the same command resumes them"
+    )
+    faults = dict.fromkeys(damaged, left_out(damaged)) if damaged else {}
+    return [faults.get(trial) or ended.get(trial) or fault for trial in asked]
+
+
+def _leave_accelerators_alone() -> None:
+    """Checking reads weights: keep them, and JAX's claim on the memory, off the jobs' devices."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # not the variable, which jobs would inherit
+
+
+def _wait(
+    groups: Sequence[Sequence[Trial]], submit: Submit
+) -> tuple[dict[Trial, Result], list[int]]:
+    """The results of jobs, one for each group of trials, and the numbers of those that failed."""
+    results: dict[Trial, Result] = {}
+    failed: list[int] = []
+    if not groups:
+        return results, failed
+    total = sum(map(len, groups))
+    log.info("%s to train as %s", counted(total, "trial"), counted(len(groups), "job"))
+    silent = not sys.stderr.isatty()
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=total, desc="sweep", unit="trial", disable=silent) as bar,
+    ):
+        for n, outcome in submit([Job([trial.config for trial in group]) for group in groups]):
+            name = f"job {n + 1} of {len(groups)}, {counted(len(groups[n]), 'trial')}"
+            if outcome.results is None:
+                failed.append(n)
+                log.error("%s: failed, %s (%s)", name, outcome.fault, outcome.place)
+            else:
+                results |= zip(groups[n], outcome.results, strict=True)
+                log.info("%s: ended (%s)", name, outcome.place)
+            bar.update(len(groups[n]))
+    return results, failed
+
+
+def _open_log() -> None:
+    """A job's own log: what lorax tells, on stdout, which submitit and Ray keep."""
+    quiet_libraries()
+    logger = logging.getLogger("lorax")
+    if not logger.handlers:  # Ray's processes serve several jobs
+        logger.addHandler(logging.StreamHandler(sys.stdout))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _reason(fault: Exception) -> str:
+    """One line: a LoraxError speaks for itself, others need their name."""
+    text = next((line.strip() for line in str(fault).splitlines() if line.strip()), "")
+    return text if isinstance(fault, LoraxError) else f"{type(fault).__name__}: {text}"

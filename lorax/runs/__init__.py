@@ -1,0 +1,1 @@
+"""Trials on disk: ids, directories, locks, checkpoints, results, trackers."""

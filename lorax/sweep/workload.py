@@ -1,0 +1,93 @@
+"""What a trial computes: its data, shapes, steps, and FLOPs."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lorax import data
+from lorax.config import TrialConfig
+from lorax.lora.paths import leaves_by_path
+from lorax.train.dataset import Dataset, epoch_steps, load_dataset, total_steps
+from lorax.train.setup import frozen_shapes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The work of a trial; the adapter's own share is `lorax.sweep.cost.Size`.
+
+    Attributes:
+      config: the trial.
+      dataset: its data, tokenized.
+    """
+
+    config: TrialConfig
+    dataset: Dataset
+
+    @classmethod
+    def of(cls, config: TrialConfig) -> "Workload":
+        """The work of a trial.
+
+        Raises:
+          LoraxError: data that cannot be read.
+        """
+        return cls(config, load_dataset(config))
+
+    @cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the whole trial."""
+        return total_steps(self.config, self.dataset)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return epoch_steps(self.config, self.dataset)
+
+    @property
+    def shapes(self) -> dict[int, float]:
+        """The share of each compiled shape in the steps, by the rows of its micro-batches."""
+        return self.dataset.layout.shares
+
+    def tokens(self, rows: int) -> int:
+        """Tokens of a step whose micro-batches have so many rows; padding counts."""
+        return self.config.train.grad_accum * rows * self.dataset.layout.row_length
+
+    @cached_property
+    def tokens_per_step(self) -> float:
+        """Mean tokens of a step; padding counts."""
+        return sum(self.tokens(rows) * share for rows, share in self.shapes.items())
+
+    @cached_property
+    def evaluations(self) -> int:
+        """Number of evaluations; the last one is at the end."""
+        every = self.config.train.eval_every or self.steps_per_epoch
+        return -(-self.steps // every)
+
+    @cached_property
+    def evaluation_tokens(self) -> int:
+        """Tokens of an evaluation; padding counts."""
+        total, length = 0, self.dataset.layout.row_length
+        for encoded in self.dataset.dev.values():
+            size = self.config.train.eval_batch_size
+            layout, batches = data.eval_plan(encoded, size, length, self.dataset.multiple)
+            total += len(batches) * layout.rows[0] * length
+        return total
+
+    @cached_property
+    def base_flops(self) -> float:
+        """FLOPs a token in the frozen base's products: forward, and back to activations."""
+        leaves = leaves_by_path(frozen_shapes(self.config))
+        products = [leaf for path, leaf in leaves.items() if path.endswith(".kernel")]
+        if "lm_head.kernel" not in leaves and (table := leaves.get("decoder.word.embedding")):
+            products.append(table)  # the output layer, too
+        return 4.0 * sum(leaf.size for leaf in products)
+
+    def dummy_batch(self, rows: int) -> dict[str, np.ndarray]:
+        """A batch whose micro-batches have so many rows, each with the shortest example."""
+        train, layout = self.dataset.train, self.dataset.layout
+        shortest = int(np.argmin(train.lengths))
+        placed = [[n] for n in range(min(rows, layout.examples))]
+        indices = np.full(len(placed), shortest)
+        part = data.collate(train, indices, placed, layout, rows=rows)
+        parts = self.config.train.grad_accum
+        return {name: np.concatenate([x] * parts) for name, x in part.items()}
