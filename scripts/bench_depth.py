@@ -75,7 +75,7 @@ def loss_of(sides: Sides, way: str, base: Any, lora: Any) -> Any:
     from flax import nnx
 
     from lorax.lora import LoraSpec, adapt
-    from lorax.models.causal import columns
+    from lorax.models.layers.causal_attention import columns
 
     decoder, spec = sides.decoder, LoraSpec(rank=8, targets="qv")
     ids, mask, positions = sides.inputs

@@ -40,7 +40,7 @@ def load(source: str, *, fsdp: int = 1, at_once: bool, is_loaded: bool, **option
 
     from lorax.config import ModelConfig
     from lorax.models import check_checkpoint
-    from lorax.models.weights import load_model
+    from lorax.models.load import load_model
     from lorax.train.mesh import base_shardings, make_mesh
 
     model, mesh = ModelConfig(source=source), make_mesh(fsdp=fsdp)
@@ -66,7 +66,7 @@ def load_at_once(
 
     from lorax.lora.paths import leaves_by_path
     from lorax.models import abstract_model, convert, load_checkpoint, quantize, resolve_source
-    from lorax.models.place import is_quantized
+    from lorax.models.checkpoints.placement import is_quantized
     from lorax.train.mesh import shard_base
 
     abstract = abstract_model(model, 0)

@@ -80,7 +80,7 @@ def generate(
     Raises:
       LoraxError: before any work, naming the prompt or the option that is not served.
 
-    >>> from lorax.models.gpt2 import Gpt2Config
+    >>> from lorax.models.families.gpt2 import Gpt2Config
     >>> config = Gpt2Config(8, 8, num_hidden_layers=1, num_attention_heads=2)
     >>> model = CausalLM(config, rngs=nnx.Rngs(0))
     >>> [made] = generate(model, [[1, 2]], GenerationConfig(max_new_tokens=3))

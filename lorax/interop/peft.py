@@ -45,9 +45,10 @@ from lorax.interop.peft_names import (
 from lorax.interop.peft_reader import WEIGHTS, Reader, check_wrappers
 from lorax.lora import LoraSpec, LoraTree
 from lorax.lora.paths import leaves_by_path
+from lorax.models.checkpoints.reading import load_checkpoint
+from lorax.models.checkpoints.source import is_repository_id, local_folder, read_json
 from lorax.models.families import family_of
-from lorax.models.hub import is_repository_id, load_checkpoint, local_folder, read_json
-from lorax.models.quantization import Quantized
+from lorax.models.layers.quantization import Quantized
 
 CONFIG = "adapter_config.json"
 log = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from lorax.errors import LoraxError
 from lorax.interop.peft_names import PREFIX, is_within, module_of
 from lorax.lora import LoraSpec, LoraTree, merge
 from lorax.lora.paths import leaves_by_path
-from lorax.models.convert import hf_module, is_transposed
+from lorax.models.checkpoints.reading import load_checkpoint
+from lorax.models.checkpoints.tensor_names import hf_module, is_transposed
 from lorax.models.families import family_of
-from lorax.models.hub import load_checkpoint
 
 HEAD_FILE = "lorax_head.safetensors"
 _BESIDE = ("mean", "cls")

@@ -1,9 +1,9 @@
 """Our modules in PEFT's names. Several of ours may be parts of one there: GPT-2's `c_attn`."""
 
 from lorax.errors import LoraxError
-from lorax.models.convert import hf_module, is_transposed
+from lorax.models.checkpoints.tensor_names import hf_module, is_transposed
 from lorax.models.families import FAMILIES, family_of
-from lorax.models.family import rule_of
+from lorax.models.families.family import rule_of
 
 PREFIX = "base_model.model."
 WORDS = "decoder.word.embedding"  # may be the output layer, too

@@ -16,7 +16,7 @@ from lorax.interop.peft_head import warn_of_fresh_dense
 from lorax.interop.peft_names import PREFIX, WORDS, fused_part, module_of, name_of, parts_of
 from lorax.interop.peft_selection import rank_of, selects
 from lorax.lora import LoraTree
-from lorax.models.convert import is_transposed
+from lorax.models.checkpoints.tensor_names import is_transposed
 from lorax.models.families import family_of
 
 WEIGHTS = "adapter_model.safetensors"

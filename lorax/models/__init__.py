@@ -1,18 +1,24 @@
-"""Flax NNX encoders and decoders, and the checkpoints they load."""
+"""Flax NNX encoders and decoders, and the checkpoints they load.
 
-from lorax.models.bert import BertConfig
+Imports run one way: `options` <- `layers` <- `families` <- `checkpoints`. Above them `classifier`
+and `causal_lm` add heads, `build` makes a model without weights, `load` one with a checkpoint's.
+"""
+
 from lorax.models.build import abstract_model, load_config
 from lorax.models.causal_lm import CausalLM, KVCache
+from lorax.models.checkpoints.convert import convert
+from lorax.models.checkpoints.reading import load_checkpoint
+from lorax.models.checkpoints.source import resolve_source
+from lorax.models.checkpoints.tensor_names import hf_module, is_transposed
 from lorax.models.classifier import Head, SequenceClassifier
-from lorax.models.convert import convert, hf_module, is_transposed
-from lorax.models.encoder import Encoder
 from lorax.models.families import DECODERS, ENCODERS, FAMILIES, family_of
-from lorax.models.family import dropout_rates
-from lorax.models.hub import load_checkpoint, resolve_source
-from lorax.models.quantization import KINDS, Quantized, dequantize, quantize
-from lorax.models.reading import sum_by_sequence
-from lorax.models.token_loss import smoothed_losses
-from lorax.models.weights import check_checkpoint, load_causal_lm, load_model
+from lorax.models.families.bert import BertConfig
+from lorax.models.families.encoder import Encoder
+from lorax.models.families.family import dropout_rates
+from lorax.models.layers.pooling import sum_by_sequence
+from lorax.models.layers.quantization import KINDS, Quantized, dequantize, quantize
+from lorax.models.layers.token_loss import smoothed_losses
+from lorax.models.load import check_checkpoint, load_causal_lm, load_model
 
 __all__ = [
     "DECODERS",

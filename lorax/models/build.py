@@ -13,11 +13,12 @@ from jax.typing import DTypeLike
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
+from lorax.models.checkpoints.convert import is_untied
+from lorax.models.checkpoints.reading import open_checkpoint
+from lorax.models.checkpoints.source import Version, read_json, resolve_source, version_of
 from lorax.models.classifier import SequenceClassifier
-from lorax.models.convert import is_untied
 from lorax.models.families import DECODERS, ENCODERS, family_of
-from lorax.models.family import with_dropout
-from lorax.models.hub import Version, open_checkpoint, read_json, resolve_source, version_of
+from lorax.models.families.family import with_dropout
 
 log = logging.getLogger(__name__)
 Model = SequenceClassifier | CausalLM

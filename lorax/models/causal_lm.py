@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lorax.models.causal import KVCache
-from lorax.models.dense import Dense
 from lorax.models.families import family_of
-from lorax.models.layers import Maker
-from lorax.models.token_loss import TokenScores, token_scores
+from lorax.models.layers.causal_attention import KVCache
+from lorax.models.layers.dense import Dense
+from lorax.models.layers.maker import Maker
+from lorax.models.layers.token_loss import TokenScores, token_scores
 
 __all__ = ["CausalLM", "KVCache"]
 

@@ -15,10 +15,10 @@ from jax.typing import DTypeLike
 from lorax.errors import LoraxError
 from lorax.lora import LoraRows
 from lorax.models.families import family_of
-from lorax.models.family import Pooler
-from lorax.models.functions import dropout
-from lorax.models.layers import kernel_init
-from lorax.models.reading import FirstTokens, sum_by_sequence
+from lorax.models.families.family import Pooler
+from lorax.models.layers.functions import dropout
+from lorax.models.layers.maker import kernel_init
+from lorax.models.layers.pooling import FirstTokens, sum_by_sequence
 
 POOLINGS = ("mean", "cls", "pooler")
 

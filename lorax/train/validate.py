@@ -6,7 +6,7 @@ from typing import Any
 from lorax.config import TrialConfig
 from lorax.data import get_task
 from lorax.errors import LoraxError
-from lorax.models.quantization import KINDS
+from lorax.models.layers.quantization import KINDS
 from lorax.train.schedule import SCHEDULES
 
 MODES = ("lora", "full", "head")

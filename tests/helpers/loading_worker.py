@@ -18,13 +18,13 @@ from flax import nnx
 from lorax.config import ModelConfig
 from lorax.lora.paths import leaves_by_path
 from lorax.models import load_model
-from lorax.models.stored import StoredTensor
+from lorax.models.checkpoints.safetensors import LazyTensor
 from lorax.train.mesh import base_shardings, make_mesh, shard_base
 
 READS = []
 
 
-def spy(self, index, read=StoredTensor.__getitem__):
+def spy(self, index, read=LazyTensor.__getitem__):
     """Records the bytes of a read."""
     found = read(self, index)
     READS.append(found.nbytes)
@@ -91,7 +91,7 @@ def main(out, folders, meshes, *process):
             int(process[0]),
             shutdown_timeout_seconds=10,
         )
-    StoredTensor.__getitem__ = spy
+    LazyTensor.__getitem__ = spy
     facts = {
         f"{Path(folder).name} {sizes} {jnp.dtype(dtype).name}": facts_of(folder, sizes, dtype)
         for folder in json.loads(folders)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 import lorax
 from lorax.errors import LoraxError
 from lorax.models import BertConfig, CausalLM, KVCache, SequenceClassifier
-from lorax.models.gpt2 import Gpt2Config
-from lorax.models.llama import LlamaConfig
+from lorax.models.families.gpt2 import Gpt2Config
+from lorax.models.families.llama import LlamaConfig
 from tests.helpers.causal_zoo import GPT2, LLAMA, ragged
 from tests.helpers.encoders import SMALL
 from tests.helpers.lora import assert_close, quick_jit, randomised

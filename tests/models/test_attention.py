@@ -10,8 +10,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorax.models.attention import attend
-from lorax.models.dense import product
+from lorax.models.layers.attention import attend
+from lorax.models.layers.dense import product
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ from flax import nnx
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models import BertConfig, SequenceClassifier, abstract_model
-from lorax.models.attention import attend
-from lorax.models.functions import ACTIVATIONS, dropout
+from lorax.models.layers.attention import attend
+from lorax.models.layers.functions import ACTIVATIONS, dropout
 from tests.helpers.encoders import NO_DROPOUT, SMALL, compare, dropout_draws, random_classifier
 from tests.helpers.run_model import run
 

@@ -14,7 +14,7 @@ from lorax.lora import LoraSpec, adapt, init, resolve
 from lorax.lora.paths import leaves_by_path
 from lorax.models import load_causal_lm
 from lorax.models.causal_lm import CausalLM, KVCache
-from lorax.models.convert import hf_module, is_transposed
+from lorax.models.checkpoints.tensor_names import hf_module, is_transposed
 from lorax.models.families import DECODERS
 from tests.helpers.causal_zoo import SIDES, load_lm, ragged, torch_logits, write_lm
 from tests.helpers.run_model import quick_jit, run

@@ -11,7 +11,7 @@ from flax import nnx
 from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, adapt, init, merge, resolve
 from lorax.models import hf_module
-from lorax.models.deberta import DebertaConfig, relative_rows
+from lorax.models.families.deberta import DebertaConfig, relative_rows
 from tests.helpers.encoders import (
     NO_DROPOUT,
     SMALL,

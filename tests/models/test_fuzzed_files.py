@@ -13,9 +13,10 @@ from safetensors.numpy import save
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
-from lorax.models import FAMILIES, hub, load_checkpoint, load_config, resolve_source
-from lorax.models.convert import find_weights
-from lorax.models.hub import open_checkpoint
+from lorax.models import FAMILIES, load_checkpoint, load_config, resolve_source
+from lorax.models.checkpoints import source as source_module
+from lorax.models.checkpoints.convert import find_parameters
+from lorax.models.checkpoints.reading import open_checkpoint
 from tests.helpers.causal_zoo import GPT2, LLAMA
 from tests.helpers.encoders import SMALL
 from tests.helpers.mutations import WORD, mutated_bytes, mutated_text, mutated_value
@@ -157,7 +158,7 @@ def test_weights(tmp_path):
 
     def load():
         tensors = open_checkpoint(tmp_path)
-        check(lambda: find_weights(tensors, {}, "bert", load_head=False))
+        check(lambda: find_parameters(tensors, {}, "bert", load_head=False))
         load_checkpoint(tmp_path)
 
     outcomes = []
@@ -190,6 +191,6 @@ def test_sources(source, monkeypatch):
     def absent(repo, *_):
         raise LoraxError(f"no {repo}")
 
-    monkeypatch.setattr(hub, "_download", absent)
+    monkeypatch.setattr(source_module, "_download", absent)
     check(lambda: load_config(ModelConfig(source=source)))
     check(lambda: resolve_source(source))

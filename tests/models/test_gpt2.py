@@ -4,7 +4,7 @@ from flax import nnx
 
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
-from lorax.models.gpt2 import Gpt2Config
+from lorax.models.families.gpt2 import Gpt2Config
 from tests.helpers.causal_zoo import GPT2, both_sides, load_lm, ragged, torch_logits, write_lm
 from tests.helpers.run_model import run
 

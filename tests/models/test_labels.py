@@ -14,7 +14,7 @@ from lorax.models.labels import output_order
 MNLI = get_task("mnli").labels
 RTE = get_task("rte").labels
 SST2 = get_task("sst2").labels
-LOGGER = "lorax.models.weights"
+LOGGER = "lorax.models.load"
 
 
 def numbered(*names):

@@ -5,7 +5,7 @@ import pytest
 
 from lorax.errors import LoraxError
 from lorax.models.causal_lm import CausalLM
-from lorax.models.llama import FAMILIES, LlamaConfig
+from lorax.models.families.llama import FAMILIES, LlamaConfig
 from tests.helpers.causal_zoo import LLAMA, both_sides, load_lm, ragged, torch_logits, write_lm
 from tests.helpers.run_model import run
 

@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models import check_checkpoint, quantize
-from lorax.models.stored import StoredTensor, stored_tensors
-from lorax.models.weight import Weight
+from lorax.models.checkpoints.lazy_parameter import LazyParameter
+from lorax.models.checkpoints.safetensors import LazyTensor, lazy_tensors
 from tests.helpers.causal_zoo import write_lm
 from tests.helpers.loading_zoo import DTYPES, MIB, WEIGHTS, load, params_of, write_deep
 
@@ -34,7 +34,7 @@ def stored(tmp_path_factory):
     matrix, vector = rng.normal(size=(12, 10)), rng.normal(size=12)
     arrays = {"w": matrix.astype(np.float32), "b": vector.astype(np.float32)}
     save_file(arrays | {"half": np.asarray(matrix, jnp.bfloat16)}, file)
-    return stored_tensors(file), load_file(file)
+    return lazy_tensors(file), load_file(file)
 
 
 def within(length):
@@ -53,7 +53,7 @@ def test_a_part_of_a_weight_is_that_of_the_whole(stored, data):
     of = data.draw(st.sampled_from([n for n in (1, 2, 3, 5) if turned.shape[-1] % n == 0]))
     part = data.draw(st.integers(0, of - 1))
     want = np.split(turned, of, axis=-1)[part]
-    weight = Weight(tensors[name], want.shape, is_transposed, part * want.shape[-1])
+    weight = LazyParameter(tensors[name], want.shape, is_transposed, part * want.shape[-1])
     np.testing.assert_array_equal(weight.read(), want)
     bounds = tuple(data.draw(within(length)) for length in want.shape)
     got = weight.read(bounds)
@@ -63,7 +63,7 @@ def test_a_part_of_a_weight_is_that_of_the_whole(stored, data):
 
 def test_a_file_that_goes_away_is_one_line(tmp_path):
     save_file({"w": np.zeros(3, np.float32)}, tmp_path / WEIGHTS)
-    (tensor,) = stored_tensors(tmp_path / WEIGHTS).values()
+    (tensor,) = lazy_tensors(tmp_path / WEIGHTS).values()
     (tmp_path / WEIGHTS).unlink()
     with pytest.raises(LoraxError, match=r"model\.safetensors is damaged") as caught:
         tensor[...]
@@ -77,7 +77,7 @@ def no_reads(monkeypatch):
     def refuse(self, index):
         raise AssertionError(f"{self.name} was read")
 
-    monkeypatch.setattr(StoredTensor, "__getitem__", refuse)
+    monkeypatch.setattr(LazyTensor, "__getitem__", refuse)
 
 
 def test_names_and_shapes_are_checked_before_any_weight_is_read(tmp_path, no_reads):

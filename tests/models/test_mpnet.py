@@ -12,7 +12,7 @@ from lorax.errors import LoraxError
 from lorax.lora import LoraSpec, resolve
 from lorax.models import hf_module
 from lorax.models.classifier import POOLINGS
-from lorax.models.mpnet import MPNetConfig, relative_buckets
+from lorax.models.families.mpnet import MPNetConfig, relative_buckets
 from tests.helpers.encoders import (
     NO_DROPOUT,
     SMALL,

@@ -10,7 +10,7 @@ from scipy.stats import norm
 
 from lorax.errors import LoraxError
 from lorax.models import KINDS, dequantize, quantize
-from lorax.models.quantization import BLOCK, NF4, product
+from lorax.models.layers.quantization import BLOCK, NF4, product
 
 
 def kernel(inputs, outputs, seed=0):

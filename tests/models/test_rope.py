@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from lorax.errors import LoraxError
-from lorax.models.llama import LlamaConfig
-from lorax.models.rope import Rope
-from lorax.models.rope_frequencies import dynamic
+from lorax.models.families.llama import LlamaConfig
+from lorax.models.layers.rope import Rope, dynamic
 from tests.helpers.causal_zoo import (
     LLAMA,
     SIDES,

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models import check_checkpoint, load_checkpoint
-from lorax.models.weight import Weight
+from lorax.models.checkpoints.lazy_parameter import LazyParameter
 
 WEIGHTS = "model.safetensors"
 NAME = "encoder.layer.1.intermediate.dense.weight"
@@ -28,9 +28,9 @@ def test_every_part_of_a_weight_is_looked_at_as_it_is_read(dtype):
     import jax.numpy as jnp
 
     table = np.ones((3, 2**20 + 1), jnp.dtype(dtype))
-    assert Weight(table, table.shape).read().shape == table.shape
+    assert LazyParameter(table, table.shape).read().shape == table.shape
     table[2, 2**20] = np.inf
-    weight = Weight(table, table.shape, name="table")
+    weight = LazyParameter(table, table.shape, name="table")
     assert weight.read(((0, 2), (0, 5))).shape == (2, 5)
     with pytest.raises(LoraxError, match=r"^table holds NaN or infinity"):
         weight.read(((2, 3), (0, 2**20 + 1)))

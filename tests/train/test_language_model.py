@@ -12,7 +12,7 @@ import pytest
 from lorax import data
 from lorax.errors import LoraxError
 from lorax.models import smoothed_losses
-from lorax.models.token_loss import token_scores
+from lorax.models.layers.token_loss import token_scores
 from lorax.train import check_trial, run_trial
 from lorax.train.dataset import load_dataset
 from lorax.train.evaluation import predict_all, score

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorax.models.encoder import Encoder
-from lorax.models.family import Family, Pooler, Rule, check_sizes, read_config
-from lorax.models.functions import ACTIVATIONS
+from lorax.models.families.encoder import Encoder
+from lorax.models.families.family import Family, Pooler, Rule, check_sizes, read_config
+from lorax.models.layers.functions import ACTIVATIONS
 from lorax.models.options import Count, Epsilon, Layers, Length, Rate, Size
 
 # Options of a Hugging Face config that change the computation, and the values served here.

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorax.models import decoder
-from lorax.models.causal import KVCache, Past, attend_to_past
-from lorax.models.family import Family, Rule, check_sizes, read_config
-from lorax.models.functions import ACTIVATIONS, dropout
-from lorax.models.layers import Maker, check_length, split_heads
+from lorax.models.families import decoder
+from lorax.models.families.family import Family, Rule, check_sizes, read_config
+from lorax.models.layers.attention import split_heads
+from lorax.models.layers.causal_attention import KVCache, Past, attend_to_past
+from lorax.models.layers.embeddings import check_length
+from lorax.models.layers.functions import ACTIVATIONS, dropout
+from lorax.models.layers.maker import Maker
 from lorax.models.options import Epsilon, Layers, Length, Rate, Size
 
 # Options of a Hugging Face config that change the computation, and the values served here.
@@ -189,7 +191,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(decoder.Decoder):
-    """A decoder of GPT-2's kind without a head; see `lorax.models.decoder.Decoder`."""
+    """A decoder of GPT-2's kind without a head; see `lorax.models.families.decoder.Decoder`."""
 
     def make_layers(self, attention: str, make: Maker) -> None:
         """All modules but the word embeddings."""

@@ -1,4 +1,4 @@
-"""What is read of a packed batch: first tokens, of which a layer computes no more, and sums."""
+"""Pooling of packed batches: the first token of each sequence, and sums over its tokens."""
 
 from typing import NamedTuple
 

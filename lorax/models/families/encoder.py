@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lorax.models.attention import attend, check_attention
-from lorax.models.functions import dropout
-from lorax.models.layers import Maker, PostNormMlp, check_length, may_attend, split_heads
-from lorax.models.reading import FirstTokens
+from lorax.models.layers.attention import attend, check_attention, may_attend, split_heads
+from lorax.models.layers.embeddings import check_length
+from lorax.models.layers.functions import dropout
+from lorax.models.layers.maker import Maker
+from lorax.models.layers.mlp import PostNormMlp
+from lorax.models.layers.pooling import FirstTokens
 
 
 class Embeddings(nnx.Module):

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lorax.models import encoder
-from lorax.models.family import Family, Pooler, Rule, check_sizes, read_config
-from lorax.models.functions import ACTIVATIONS
-from lorax.models.layers import Maker
+from lorax.models.families import encoder
+from lorax.models.families.family import Family, Pooler, Rule, check_sizes, read_config
+from lorax.models.layers.functions import ACTIVATIONS
+from lorax.models.layers.maker import Maker
+from lorax.models.layers.pooling import FirstTokens
 from lorax.models.options import Count, Epsilon, Layers, Length, Rate, Size
-from lorax.models.reading import FirstTokens
 
 _PADDING = 1  # in transformers too, whatever its config says
 _BUCKETS = 32  # half of them for tokens before, half for those after
@@ -132,7 +132,7 @@ def relative_buckets(positions_BxT: jax.Array) -> jax.Array:
 
 
 class Encoder(encoder.Encoder):
-    """An MPNet encoder without a head; see `lorax.models.encoder.Encoder`."""
+    """An MPNet encoder without a head; see `lorax.models.families.encoder.Encoder`."""
 
     attention_class = Attention
 

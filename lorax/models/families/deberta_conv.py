@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorax.models.functions import ACTIVATIONS, dropout
-from lorax.models.layers import Maker, kernel_init
+from lorax.models.layers.functions import ACTIVATIONS, dropout
+from lorax.models.layers.maker import Maker, kernel_init
 
 CONV_ACTIVATIONS = {"tanh": jnp.tanh, **ACTIVATIONS}
 

@@ -12,13 +12,14 @@ import pytest
 
 from lorax.config import ModelConfig
 from lorax.errors import LoraxError
-from lorax.models import abstract_model, fits, load_model
+from lorax.models import abstract_model, load_model
+from lorax.models.checkpoints import memory_check
 from tests.helpers.causal_zoo import write_lm
 from tests.helpers.loading_zoo import DTYPES, MIB, WEIGHTS, load, params_of, write_deep
 
 
 def wanted_of(folder):
-    """Path to shape, as `check_fits` takes them."""
+    """Path to shape, as `check_memory` takes them."""
     state = params_of(abstract_model(ModelConfig(source=str(folder)), 0))
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
@@ -38,7 +39,7 @@ def deep(tmp_path_factory):
 @pytest.mark.parametrize("kind", DTYPES)
 def test_bytes_are_known_before_loading(deep, kind):
     dtype, quantized = DTYPES[kind].get("param_dtype"), DTYPES[kind].get("quantized")
-    expected = fits.base_bytes(wanted_of(deep), quantized=quantized, dtype=dtype)
+    expected = memory_check.base_bytes(wanted_of(deep), quantized=quantized, dtype=dtype)
     assert expected == bytes_of(load(deep, **DTYPES[kind]))
 
 
@@ -47,8 +48,8 @@ def room(monkeypatch):
     """Sets what the devices, and the machine, have."""
 
     def set_room(*, device=None, host=2**40):
-        monkeypatch.setattr(fits, "device_memory", lambda: device)
-        monkeypatch.setattr(fits, "free_host_memory", lambda: host)
+        monkeypatch.setattr(memory_check, "device_memory", lambda: device)
+        monkeypatch.setattr(memory_check, "free_host_memory", lambda: host)
 
     return set_room
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lorax.models import quantization
-from lorax.models.quantization import Quantized
+from lorax.models.layers import quantization
+from lorax.models.layers.quantization import Quantized
 
 
 class Dense(nnx.Linear):

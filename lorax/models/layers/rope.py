@@ -5,7 +5,7 @@ Shapes in names: B rows, T tokens, H heads, K width of a head, F frequencies (K 
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 
 from lorax.errors import LoraxError, brief
 from lorax.models.options import Factor, Length, Positive, read_option
-from lorax.models.rope_frequencies import FREQUENCIES, dynamic, longrope
 
 Rotation = tuple[jax.Array, jax.Array]
 # Kinds of rotary positions, and what config.json has to say of each.
@@ -127,7 +126,7 @@ class Rope:
             length = config.get(name) or given.get(name) or most
         rope = dataclasses.replace(rope, original_length=length)
         if kind == "yarn":
-            return dataclasses.replace(rope, **_yarn(given))
+            return dataclasses.replace(rope, **_yarn_options(given))
         if kind == "longrope":
             return dataclasses.replace(rope, scale=_longrope_scale(given, most, length))
         return rope
@@ -161,12 +160,12 @@ class Rope:
         if self.kind == "dynamic":
             long_BxTx1xF = dynamic(self, width, lengths_BxTx1x1)
         else:
-            long_BxTx1xF = jnp.asarray(longrope(self, width, self.long))[None, None, None]
+            long_BxTx1xF = jnp.asarray(_longrope(self, width, self.long))[None, None, None]
         return jnp.where(lengths_BxTx1x1 > self.original_length, long_BxTx1xF, plain_1x1x1xF)
 
     def frequencies(self, width: int) -> np.ndarray:
         """(F,) radians a position, of sequences not longer than `original_length`."""
-        return FREQUENCIES[self.kind](self, width)
+        return _FREQUENCIES[self.kind](self, width)
 
     def reach(self, max_positions: int) -> int:
         """Most tokens a sequence, of a model whose `max_position_embeddings` is this.
@@ -220,7 +219,7 @@ def _longrope_scale(given: Mapping[str, Any], most: int, length: int) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(length))
 
 
-def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:
+def _yarn_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What `rope_parameters` say of yarn, or the paper's values."""
     scale = given.get("attention_factor")
     if scale is None:
@@ -236,6 +235,87 @@ def _yarn(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mscale(factor: float, multiplier: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+
+def _exponents(width: int) -> np.ndarray:
+    return np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+
+
+def _powers(rope: Rope, width: int) -> np.ndarray:
+    """Rounded once, as PyTorch's mostly are: the last bit, times ten thousand, is another angle."""
+    exponents_F = _exponents(width).astype(np.float64)
+    return np.power(np.float64(rope.theta), exponents_F).astype(np.float32)
+
+
+def _plain(rope: Rope, width: int) -> np.ndarray:
+    return np.float32(1) / _powers(rope, width)
+
+
+def _linear(rope: Rope, width: int) -> np.ndarray:
+    return _plain(rope, width) / np.float32(rope.factor)
+
+
+def _llama3(rope: Rope, width: int) -> np.ndarray:
+    plain_F, factor = _plain(rope, width), rope.factor
+    length, low, high = rope.original_length, rope.low, rope.high
+    waves_F = np.float32(2 * np.pi) / plain_F
+    stretched_F = np.where(waves_F > length / low, plain_F / np.float32(factor), plain_F)
+    share_F = (np.float32(length) / waves_F - np.float32(low)) / np.float32(high - low)
+    mixed_F = (1 - share_F) * stretched_F / np.float32(factor) + share_F * stretched_F
+    is_between_F = (waves_F >= length / high) & (waves_F <= length / low)
+    return np.where(is_between_F, mixed_F, stretched_F)
+
+
+def _yarn_frequencies(rope: Rope, width: int) -> np.ndarray:
+    def index_of(turns: float) -> float:
+        """Which frequency makes so many turns."""
+        length = rope.original_length / (turns * 2 * math.pi)
+        return width * math.log(length) / (2 * math.log(rope.theta))
+
+    powers_F = _powers(rope, width)
+    first, last = index_of(rope.high), index_of(rope.low)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    last += 0.001 if first == last else 0
+    indices_F = np.arange(width // 2, dtype=np.float32)
+    ramp_F = np.clip((indices_F - np.float32(first)) / np.float32(last - first), 0, 1)
+    stretched_F = np.float32(1) / (np.float32(rope.factor) * powers_F)
+    keep_F = (1 - ramp_F).astype(np.float32)
+    return stretched_F * (1 - keep_F) + np.float32(1) / powers_F * keep_F
+
+
+def _longrope_short(rope: Rope, width: int) -> np.ndarray:
+    return _longrope(rope, width, rope.short)
+
+
+def _longrope(rope: Rope, width: int, divisors: tuple[float, ...]) -> np.ndarray:
+    """(F,) frequencies, each divided by its own number."""
+    return np.float32(1) / (np.asarray(divisors, np.float32) * _powers(rope, width))
+
+
+def dynamic(rope: Rope, width: int, lengths: jax.Array) -> jax.Array:
+    """(..., F) frequencies of long sequences, lengths (..., 1): a longer one's base is larger.
+
+    The longest wave of a sequence is stretched by `factor` times its length over
+    `original_length`, less (`factor` - 1); the shortest stays ("NTK-aware" scaling).
+    """
+    share = jnp.maximum(lengths, rope.original_length).astype(jnp.float32)
+    stretched = rope.factor * share / rope.original_length - (rope.factor - 1)
+    bases = rope.theta * stretched ** (width / (width - 2))
+    exponents_F = jnp.asarray(_exponents(width))
+    return 1 / bases ** exponents_F.reshape((1,) * (lengths.ndim - 1) + (-1,))
+
+
+# Of sequences that are not longer than `original_length`. The float32 steps are transformers' own.
+_FREQUENCIES: dict[str, Callable[[Rope, int], np.ndarray]] = {
+    "default": _plain,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn_frequencies,
+    "dynamic": _plain,
+    "longrope": _longrope_short,
+}
 
 
 def rotate(x_BxTxHxK: jax.Array, rotation: Rotation) -> jax.Array:

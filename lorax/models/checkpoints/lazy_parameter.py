@@ -1,4 +1,4 @@
-"""A parameter of ours within a checkpoint, of which any part can be read."""
+"""A parameter of ours in a checkpoint, of which any part can be read when it is needed."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -31,7 +31,7 @@ Bounds = tuple[tuple[int, int], ...]  # first and past the last, of each axis
 
 
 @dataclass(frozen=True)
-class Weight:
+class LazyParameter:
     """A parameter of ours in a checkpoint, not read yet.
 
     Attributes:
@@ -57,9 +57,9 @@ class Weight:
           LoraxError: a value that is not finite.
 
         >>> fused = np.arange(12).reshape(2, 6)
-        >>> Weight(fused, (2, 3), start=3).read(((1, 2), (0, 2)))
+        >>> LazyParameter(fused, (2, 3), start=3).read(((1, 2), (0, 2)))
         array([[ 9, 10]])
-        >>> Weight(np.array([0.0, 10.0, 20.0]), (3,), order=(2, 0, 1)).read(((0, 2),))
+        >>> LazyParameter(np.array([0.0, 10.0, 20.0]), (3,), order=(2, 0, 1)).read(((0, 2),))
         array([20.,  0.])
         """
         *others, (first, last) = bounds or tuple((0, n) for n in self.shape)

@@ -1,18 +1,17 @@
-"""What decoders share: the causal mask, positions, the cache of keys and values.
+"""Causal attention: its mask, positions, and the cache of keys and values.
 
-Shapes in names: B rows, T tokens of a call, S attended columns (= T without a cache), D width,
-H heads, K width of a head, V words.
+Shapes in names: B rows, T tokens of a call, S attended columns (= T without a cache),
+H heads, K width of a head.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
-from lorax.models.attention import attend
+from lorax.models.layers.attention import attend
 
 
 class KVCache(NamedTuple):
@@ -123,16 +122,6 @@ def count_positions(mask_BxT: jax.Array, cache: KVCache | None) -> jax.Array:
     if cache is None:
         return before_BxT
     return before_BxT + (cache.mask != 0).astype(jnp.int32).sum(1, keepdims=True)
-
-
-class WordTable(nnx.Embed):
-    """Word embeddings that may serve as the output layer, too."""
-
-    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """(..., D) -> float32 logits (..., V), by a product in the dtype of the query."""
-        del out_sharding
-        table_VxD = self.embedding[...].astype(query.dtype)
-        return jnp.einsum("...d,vd->...v", query, table_VxD, preferred_element_type=jnp.float32)
 
 
 def attend_to_past(

@@ -1,6 +1,6 @@
-"""A checkpoint's weights to where they are kept, one at a time.
+"""Places a checkpoint's parameters on host or devices, one at a time.
 
-What the host holds of a weight is dropped before the next one is read.
+What the host holds of a parameter is dropped before the next one is read.
 """
 
 import re
@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
-from lorax.models.quantization import quantize
-from lorax.models.weight import Bounds, Weight
+from lorax.models.checkpoints.lazy_parameter import Bounds, LazyParameter
+from lorax.models.layers.quantization import quantize
 
 Shardings = Callable[[tuple[int, ...]], Sharding]
 
@@ -24,25 +24,25 @@ def is_quantized(path: str) -> bool:
     return re.fullmatch(r"(en|de)coder\.layers\..+\.kernel", path) is not None
 
 
-def is_cut(path: str) -> bool:
+def is_sharded(path: str) -> bool:
     """Whether `shardings` are for this parameter: all but the head's, which is trained."""
     return not path.startswith("head.")
 
 
 def place(
     path: str,
-    weight: Weight,
+    parameter: LazyParameter,
     dtype: DTypeLike,
     *,
     quantized: str | None = None,
     shardings: Shardings | None = None,
     on_host: bool = False,
 ) -> Any:
-    """Reads a weight and puts it where it is kept.
+    """Reads a parameter and puts it where it is kept.
 
     Args:
       path: of the parameter.
-      weight: in the checkpoint.
+      parameter: in the checkpoint.
       dtype: to store it in.
       quantized: `int8` or `nf4` for the kernels of the base's layers.
       shardings: from a shape of the base to its devices; each of them gets its piece alone.
@@ -51,24 +51,24 @@ def place(
     Returns:
       An array, or a `Quantized`.
     """
-    if shardings and is_cut(path):
-        return _cut(weight, np.dtype(dtype), shardings(weight.shape))
+    if shardings and is_sharded(path):
+        return _shard(parameter, np.dtype(dtype), shardings(parameter.shape))
     put = np.asarray if on_host else jax.device_put  # `jnp.asarray` copies twice
     if quantized and is_quantized(path):
-        placed = jax.tree.map(put, quantize(weight.read(), quantized))
+        placed = jax.tree.map(put, quantize(parameter.read(), quantized))
     else:
-        placed = put(weight.read().astype(dtype, copy=False))
+        placed = put(parameter.read().astype(dtype, copy=False))
     return jax.block_until_ready(placed)  # the copies that a device has not taken yet add up
 
 
-def _cut(weight: Weight, dtype: np.dtype, sharding: Sharding) -> jax.Array:
-    """The weight over the devices; a process reads what its own need, each piece once."""
+def _shard(parameter: LazyParameter, dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    """The parameter over the devices; a process reads what its own need, each piece once."""
 
     @cache
     def read(bounds: Bounds) -> np.ndarray:
-        return weight.read(bounds).astype(dtype, copy=False)
+        return parameter.read(bounds).astype(dtype, copy=False)
 
     def piece(index: Any) -> np.ndarray:
-        return read(tuple(s.indices(n)[:2] for s, n in zip(index, weight.shape, strict=True)))
+        return read(tuple(s.indices(n)[:2] for s, n in zip(index, parameter.shape, strict=True)))
 
-    return jax.block_until_ready(jax.make_array_from_callback(weight.shape, sharding, piece))
+    return jax.block_until_ready(jax.make_array_from_callback(parameter.shape, sharding, piece))

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lorax.models.attention import check_attention
-from lorax.models.causal import KVCache, Past, WordTable, columns, count_positions, grown
-from lorax.models.layers import Maker, kernel_init
+from lorax.models.layers.attention import check_attention
+from lorax.models.layers.causal_attention import KVCache, Past, columns, count_positions, grown
+from lorax.models.layers.embeddings import WordTable
+from lorax.models.layers.maker import Maker, kernel_init
 
 
 class Decoder(nnx.Module):

@@ -1,6 +1,6 @@
 """Softmax attention with its backward pass written out.
 
-Shapes in names: B rows, T tokens, S attended tokens, H heads, K width of a head.
+Shapes in names: B rows, T tokens, S attended tokens, D width, H heads, K width of a head.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from lorax.errors import LoraxError
-from lorax.models.functions import keep_mask
+from lorax.models.layers.functions import keep_mask
 
 ATTENTIONS = ("einsum", "xla", "cudnn")
 
@@ -33,6 +33,17 @@ def check_attention(implementation: str, rate: float) -> None:
             f"attention={implementation!r} cannot drop attention probabilities (rate {rate}): "
             "set model.dropout=0 or model.attention=einsum"
         )
+
+
+def split_heads(x_BxTxD: jax.Array, heads: int) -> jax.Array:
+    """(B, T, D) -> (B, T, H, K)."""
+    return x_BxTxD.reshape(*x_BxTxD.shape[:2], heads, -1)
+
+
+def may_attend(mask_BxT: jax.Array) -> jax.Array:
+    """(B, T, S): to its own sequence's tokens; padding, as in transformers, to all of the row's."""
+    query_BxTx1, key_Bx1xS = mask_BxT[:, :, None], mask_BxT[:, None, :]
+    return (key_Bx1xS != 0) & ((query_BxTx1 == key_Bx1xS) | (query_BxTx1 == 0))
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""Tensors in safetensors files, of which nothing is read before it is asked for."""
+"""Lazy tensors of safetensors files: nothing is read before it is indexed."""
 
 import contextlib
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ _DTYPES |= {
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class LazyTensor:
     """A tensor in a file.
 
     Attributes:
@@ -63,7 +63,7 @@ class StoredTensor:
             return tensors.get_slice(self.name)[index]
 
 
-def stored_tensors(file: Path) -> dict[str, StoredTensor]:
+def lazy_tensors(file: Path) -> dict[str, LazyTensor]:
     """Name to tensor, from the header of a safetensors file.
 
     Raises:
@@ -72,7 +72,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     with _opened(file) as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         return {
-            name: StoredTensor(
+            name: LazyTensor(
                 file, name, tuple(x.get_shape()), _DTYPES.get(x.get_dtype(), x.get_dtype())
             )
             for name, x in slices.items()

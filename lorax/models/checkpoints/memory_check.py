@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError
-from lorax.models.place import Shardings, is_cut, is_quantized
-from lorax.models.quantization import BLOCK, KINDS
+from lorax.models.checkpoints.placement import Shardings, is_quantized, is_sharded
+from lorax.models.layers.quantization import BLOCK, KINDS
 from lorax.runtime.memory import device_memory, free_host_memory
 
 
-def check_fits(
+def check_memory(
     wanted: Mapping[str, jax.ShapeDtypeStruct],
     *,
     quantized: str | None = None,
@@ -89,7 +89,7 @@ def base_bytes(
     def size(path: str, want: jax.ShapeDtypeStruct) -> int:
         if quantized and is_quantized(path):
             return _quantized_bytes(want.shape, quantized)
-        if not is_cut(path):
+        if not is_sharded(path):
             return math.prod(want.shape) * want.dtype.itemsize
         shape = shardings(want.shape).shard_shape(want.shape) if shardings else want.shape
         return math.prod(shape) * jnp.dtype(dtype or want.dtype).itemsize

@@ -14,13 +14,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from lorax.errors import LoraxError, brief
-from lorax.models import decoder
-from lorax.models.causal import Past, attend_to_past
-from lorax.models.family import Family, Rule, check_sizes, read_config
-from lorax.models.functions import ACTIVATIONS
-from lorax.models.layers import Maker, split_heads
+from lorax.models.families import decoder
+from lorax.models.families.family import Family, Rule, check_sizes, read_config
+from lorax.models.layers.attention import split_heads
+from lorax.models.layers.causal_attention import Past, attend_to_past
+from lorax.models.layers.functions import ACTIVATIONS
+from lorax.models.layers.maker import Maker
+from lorax.models.layers.rope import Rope, Rotation, rotate
 from lorax.models.options import Count, Epsilon, Layers, Length, Rate, Size, read_option
-from lorax.models.rope import Rope, Rotation, rotate
 
 # Options of a Hugging Face config that change the computation, and the values served here.
 _SERVED: dict[str, tuple[Any, ...]] = {
@@ -261,7 +262,7 @@ class Layer(nnx.Module):
 
 
 class Decoder(decoder.Decoder):
-    """A decoder of LLaMA's kind without a head; see `lorax.models.decoder.Decoder`."""
+    """A decoder of LLaMA's kind without a head; see `lorax.models.families.decoder.Decoder`."""
 
     def make_layers(self, attention: str, make: Maker) -> None:
         """All modules but the word embeddings."""

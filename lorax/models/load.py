@@ -15,13 +15,14 @@ from lorax.config import ModelConfig
 from lorax.errors import LoraxError
 from lorax.models.build import abstract_model, load_config
 from lorax.models.causal_lm import CausalLM
+from lorax.models.checkpoints.convert import find_parameters
+from lorax.models.checkpoints.lazy_parameter import LazyParameter
+from lorax.models.checkpoints.memory_check import check_memory
+from lorax.models.checkpoints.placement import Shardings, place
+from lorax.models.checkpoints.reading import open_checkpoint
+from lorax.models.checkpoints.source import Version, read_json, resolve_source, version_of
 from lorax.models.classifier import Head
-from lorax.models.convert import find_weights
-from lorax.models.fits import check_fits
-from lorax.models.hub import Version, open_checkpoint, read_json, resolve_source, version_of
 from lorax.models.labels import output_order
-from lorax.models.place import Shardings, place
-from lorax.models.weight import Weight
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def _architecture(request: _Request, version: Version) -> tuple[Any, Any, dict[s
     graphdef, state = nnx.split(abstract)
     wanted = _flatten(nnx.to_pure_dict(state))
     try:
-        check_fits(
+        check_memory(
             wanted,
             quantized=request.quantized,
             shardings=request.shardings,
@@ -172,38 +173,38 @@ def _load(request: _Request, version: Version) -> dict[str, Any]:
     }
     try:
         return {
-            path: place(path, weight, wanted[path].dtype, **options)
-            for path, weight in found.items()
+            path: place(path, parameter, wanted[path].dtype, **options)
+            for path, parameter in found.items()
         }
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
 
 
-def _find(model: ModelConfig, config: Any, wanted: dict[str, Any]) -> dict[str, Weight]:
+def _find(model: ModelConfig, config: Any, wanted: dict[str, Any]) -> dict[str, LazyParameter]:
     folder = resolve_source(model.source, model.revision, weights=True)
     load_head = model.pooling == "pooler"
     try:
         tensors = open_checkpoint(folder)
-        return find_weights(tensors, wanted, config.model_type, load_head=load_head)
+        return find_parameters(tensors, wanted, config.model_type, load_head=load_head)
     except LoraxError as error:
         raise LoraxError(f"model.source={model.source}: {error}") from None
 
 
 def _with_labels(
-    found: dict[str, Weight], model: ModelConfig, labels: tuple[str, ...] | None
-) -> dict[str, Weight]:
+    found: dict[str, LazyParameter], model: ModelConfig, labels: tuple[str, ...] | None
+) -> dict[str, LazyParameter]:
     """The weights with the output layer in the order of the labels, or without that layer."""
     if labels is None or model.pooling != "pooler":
         return found
-    layer = {path: weight for path, weight in found.items() if path.startswith("head.out.")}
+    layer = {path: parameter for path, parameter in found.items() if path.startswith("head.out.")}
     config = read_json(resolve_source(model.source, model.revision) / "config.json")
     order = output_order(config, labels)
     if layer and order:
         log.info("model.source=%s: its output layer is used, matched by label names", model.source)
-        return found | {path: dataclasses.replace(w, order=order) for path, w in layer.items()}
+        return found | {path: dataclasses.replace(p, order=order) for path, p in layer.items()}
     reason = "its label names are not the task's" if layer else "it has none of this size"
     log.info("model.source=%s: the output layer starts fresh, as %s", model.source, reason)
-    return {path: weight for path, weight in found.items() if path not in layer}
+    return {path: parameter for path, parameter in found.items() if path not in layer}
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

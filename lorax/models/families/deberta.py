@@ -18,13 +18,15 @@ import numpy as np
 from flax import nnx
 
 from lorax.errors import LoraxError, brief
-from lorax.models import encoder
-from lorax.models.deberta_conv import CONV_ACTIVATIONS, Conv
-from lorax.models.family import Family, Pooler, Rule, check_sizes, read_config
-from lorax.models.functions import ACTIVATIONS, dropout
-from lorax.models.layers import Maker, check_length, split_heads
+from lorax.models.families import encoder
+from lorax.models.families.deberta_conv import CONV_ACTIVATIONS, Conv
+from lorax.models.families.family import Family, Pooler, Rule, check_sizes, read_config
+from lorax.models.layers.attention import split_heads
+from lorax.models.layers.embeddings import check_length
+from lorax.models.layers.functions import ACTIVATIONS, dropout
+from lorax.models.layers.maker import Maker
+from lorax.models.layers.pooling import FirstTokens
 from lorax.models.options import Count, Epsilon, Layers, Length, Limit, Rate, Size, read_option
-from lorax.models.reading import FirstTokens
 
 # Options of a Hugging Face config that change the computation, and the values served here.
 _SERVED: dict[str, tuple[Any, ...]] = {
@@ -269,7 +271,7 @@ class Attention(encoder.Attention):
 
 
 class Encoder(encoder.Encoder):
-    """A DeBERTa-v2 encoder without a head; see `lorax.models.encoder.Encoder`."""
+    """A DeBERTa-v2 encoder without a head; see `lorax.models.families.encoder.Encoder`."""
 
     attention_class = Attention
 

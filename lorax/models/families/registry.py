@@ -1,8 +1,8 @@
 """Every family that is served, by Hugging Face's `model_type`."""
 
 from lorax.errors import LoraxError, brief
-from lorax.models import bert, deberta, gpt2, llama, mpnet
-from lorax.models.family import Family
+from lorax.models.families import bert, deberta, gpt2, llama, mpnet
+from lorax.models.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     **bert.FAMILIES,

@@ -1,0 +1,1 @@
+"""Layers: attention, Dense, embeddings, norm, MLP, RoPE, quantization, pooling, token losses."""
