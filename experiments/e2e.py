@@ -18,7 +18,7 @@ from typing import Any
 
 from lorax import data
 from lorax.config import TrialConfig
-from lorax.data.e2e import prompt_of, separator_of
+from lorax.data.tasks.e2e import prompt_of, separator_of
 from lorax.errors import LoraxError
 from lorax.generation import GenerationConfig, generate
 from lorax.generation.scores import METRICS, check_metrics, score_texts

@@ -39,6 +39,14 @@ PARTS = {
         "build": {"families", "checkpoints", "classifier", "causal_lm"},
         "load": {"checkpoints", "labels", "classifier", "causal_lm", "build"},
     },
+    "data": {
+        "examples": set(),
+        "documents": set(),
+        "files": set(),
+        "tokens": {"examples", "documents", "files"},
+        "tasks": {"examples", "documents", "files", "tokens"},
+        "batches": {"tokens"},
+    },
 }
 # Peers and extras: never at import time.
 HEAVY = {
@@ -113,7 +121,7 @@ def test_a_part_imports_only_from_parts_below(room):
                     assert name.split(".")[2] in below | {part}, (path, name)
 
 
-@pytest.mark.parametrize("room", ["models", "lora"])
+@pytest.mark.parametrize("room", ["models", "data", "lora"])
 def test_files_do_not_import_each_other_in_a_circle(room):
     files = {module_of(path): path for path in files_of(ROOT / "lorax" / room)}
     graph = {module: {name for name, _ in imports(path)} for module, path in files.items()}

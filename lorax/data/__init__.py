@@ -1,18 +1,24 @@
-"""Tasks, tokens and batches: from files to NumPy arrays."""
+"""Tasks, tokens and batches: from files to NumPy arrays.
 
-from lorax.data.assets import find_asset
-from lorax.data.batching import eval_plan, pad, train_batches
-from lorax.data.chat import ChatTemplate, load_chat_template
-from lorax.data.documents import Documents, encode_documents
-from lorax.data.e2e import references_by_mr
+Imports run one way. `examples`, `documents` (splits as text) and `files` are the ground; `tokens`
+stands on them. `tasks`, whose readers look up special tokens, and `batches` stand on `tokens`.
+"""
+
+from lorax.data.batches.batching import eval_plan, pad, train_batches
+from lorax.data.batches.packing import Layout, choose_layout, collate, collate_alike, fit
+from lorax.data.batches.shuffle import permutation, subsample
+from lorax.data.documents import Documents
 from lorax.data.examples import Examples
-from lorax.data.load import content_of, load_documents, load_split
-from lorax.data.packing import Layout, choose_layout, collate, collate_alike, fit
-from lorax.data.shuffle import permutation, subsample
-from lorax.data.special_tokens import find_eos_id, special_tokens
-from lorax.data.tasks import TASKS, Task, get_task
-from lorax.data.token_cache import encode_cached, encode_documents_cached, token_dir
-from lorax.data.tokenize import Encoded, encode, largest_id, load_tokenizer
+from lorax.data.tasks import TASKS, get_task
+from lorax.data.tasks.assets import find_asset
+from lorax.data.tasks.chat import ChatTemplate, load_chat_template
+from lorax.data.tasks.e2e import references_by_mr
+from lorax.data.tasks.load import content_of, load_documents, load_split
+from lorax.data.tasks.task import Task
+from lorax.data.tokens.special_tokens import find_eos_id, special_tokens
+from lorax.data.tokens.token_cache import encode_cached, encode_documents_cached, token_dir
+from lorax.data.tokens.tokenize import Encoded, encode, largest_id, load_tokenizer
+from lorax.data.tokens.tokenize_documents import encode_documents
 
 __all__ = [
     "TASKS",

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from lorax.data.packing import round_up
+from lorax.data.batches.packing import round_up
 from lorax.errors import LoraxError
 from lorax.generation.config import GenerationConfig, is_whole
 from lorax.generation.decode import Made, draw, search

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from lorax.data.packing import round_up
-from lorax.data.tokenize import without_end
+from lorax.data.batches.packing import round_up
+from lorax.data.tokens.tokenize import without_end
 from lorax.errors import LoraxError
 from lorax.generation.program import Prompts
 

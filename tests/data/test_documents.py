@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from lorax.data import Documents, encode_documents, encode_documents_cached, subsample
-from lorax.data import token_cache as cache
-from lorax.data.token_cache import key_of_documents
+from lorax.data.tokens import token_cache as cache
+from lorax.data.tokens.token_cache import key_of_documents
 from lorax.errors import LoraxError
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -3,7 +3,7 @@ import csv
 import pytest
 
 from lorax.data import encode_documents, load_documents, load_tokenizer, references_by_mr
-from lorax.data.e2e import prompt_of
+from lorax.data.tasks.e2e import prompt_of
 from lorax.errors import LoraxError
 
 SPICE = "name[Blue Spice], eatType[coffee shop], area[city centre]"

@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lorax.data import find_eos_id, largest_id, load_chat_template, load_tokenizer, special_tokens
-from lorax.data.special_tokens import control_tokens
-from lorax.data.tokenize import BROKEN, refusing
+from lorax.data.tokens.special_tokens import control_tokens
+from lorax.data.tokens.tokenize import BROKEN, refusing
 from lorax.errors import LoraxError
 from tests.helpers.mutations import mutated_text
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from lorax.data import TASKS, get_task, load_split
-from lorax.data import glue as glue_module
-from lorax.data.glue import find_folder
+from lorax.data.tasks import glue as glue_module
+from lorax.data.tasks.glue import find_folder
 from lorax.errors import LoraxError
 
 GLUE = [name for name, task in TASKS.items() if task.text_columns and name != "reviews"]

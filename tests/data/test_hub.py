@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from lorax.data import get_task, load_split
-from lorax.data import load as load_module
-from lorax.data.hub import from_hub, load_hub_split
+from lorax.data.tasks import glue as glue_module
+from lorax.data.tasks.hub import from_hub, load_hub_split
 from lorax.errors import LoraxError
 
 
@@ -23,7 +23,7 @@ def test_asks_for_the_hubs_names_and_reports_its_faults(monkeypatch):
         raise ConnectionError("no route to host\nand a long story")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    monkeypatch.setattr(load_module, "find_folder", lambda *_: None)
+    monkeypatch.setattr(glue_module, "find_folder", lambda *_: None)
     with pytest.raises(LoraxError, match=r"failed \(no route to host\): set task\.data_dir") as e:
         load_split("mnli", "dev_mismatched")
     assert "\n" not in str(e.value)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorax.data import Encoded, choose_layout, collate_alike, fit
-from lorax.data.packing import cheapest_edges
+from lorax.data.batches.packing import cheapest_edges
 from lorax.errors import LoraxError
 
 lengths_of = st.lists(st.integers(1, 40), min_size=1, max_size=60)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from lorax.data import assets as assets_module
 from lorax.data import find_asset, get_task, load_split
-from lorax.data.reviews import FILE_NAME
+from lorax.data.tasks import assets as assets_module
+from lorax.data.tasks.reviews import FILE_NAME
 from lorax.errors import LoraxError
 
 

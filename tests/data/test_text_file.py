@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from lorax.config import TaskConfig, TrialConfig
 from lorax.data import content_of, encode_documents, load_documents
-from lorax.data.text_file import cut_text
+from lorax.data.tasks.text_file import cut_text
 from lorax.errors import LoraxError
 from lorax.runs.trial_id import trial_id
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from lorax.data import Examples, encode, encode_cached, find_asset, load_tokenizer, token_dir
-from lorax.data import token_cache as module
-from lorax.data.token_cache import key_of
+from lorax.data.tokens import token_cache as module
+from lorax.data.tokens.token_cache import key_of
 from lorax.errors import LoraxError
 from lorax.train.dataset import load_dataset
 

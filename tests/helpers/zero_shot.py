@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from lorax import data
 from lorax.config import ModelConfig
-from lorax.data.glue import find_folder
+from lorax.data.tasks.glue import find_folder
 from lorax.errors import LoraxError
 from lorax.models import load_model, resolve_source
 

@@ -81,8 +81,8 @@ def test_lorax_trains_the_trial_that_peft_trains(options, tmp_path):
 
 
 def test_peft_reads_rte_as_lorax_does(tmp_path):
-    from lorax.data.glue import read_tsv
     from lorax.data.tasks import TASKS
+    from lorax.data.tasks.glue import read_tsv
 
     write(tmp_path / "train.tsv", RTE)
     theirs = peft_trial.read_split("rte", tmp_path / "train.tsv")

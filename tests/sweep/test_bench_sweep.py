@@ -111,8 +111,8 @@ def test_peft_runs_the_same_trials(options, tmp_path):
 def test_peft_reads_what_lorax_reads(tmp_path):
     import peft_trial
 
-    from lorax.data.glue import read_tsv
     from lorax.data.tasks import TASKS
+    from lorax.data.tasks.glue import read_tsv
 
     write(tmp_path / "CoLA.tsv", 'gj04\t1\t\tA "quoted text .\nks08\t0\t*\tMe like it \n')
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"

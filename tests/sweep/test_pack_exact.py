@@ -15,7 +15,7 @@ from lorax.config import (
     TrainConfig,
     TrialConfig,
 )
-from lorax.data.glue import find_folder
+from lorax.data.tasks.glue import find_folder
 from lorax.errors import LoraxError
 from lorax.lora.paths import leaves_by_path
 from lorax.models import resolve_source

@@ -1,60 +1,14 @@
-"""What is known of each task before a file is read: one frozen row a task."""
+"""Every task: one frozen row each, which names the reader of its splits."""
 
-from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Literal
 
+from lorax.data.tasks.e2e import load_e2e
+from lorax.data.tasks.glue import GLUE
+from lorax.data.tasks.instructions import load_instructions
+from lorax.data.tasks.reviews import REVIEWS
+from lorax.data.tasks.task import DocumentReader, Task
+from lorax.data.tasks.text_file import load_text
 from lorax.errors import LoraxError
-
-
-@dataclass(frozen=True)
-class Task:
-    """A text task: one or two texts in, a class or a score out; or documents to go on with.
-
-    Attributes:
-      name: key of `TASKS`, and the configuration's name on the hub.
-      folder: the task's folder in GLUE's layout; elsewhere empty.
-      text_columns: one or two columns of the TSV file; none of documents.
-      label_column: the column of the label or score.
-      kind: `classification` or `regression`, of `load_split`'s examples; or `causal_lm`, the next
-        token of `load_documents`' documents.
-      labels: class names in official order; empty for other kinds.
-      metrics: the first one chooses the best epoch.
-      dev_splits: splits scored while training; the first one chooses the best epoch.
-      test_splits: labelled splits that choose nothing.
-      label_format: how the TSV file writes a class: its `name`, or its `id` in `labels`.
-      header: the columns of a file that has no header line.
-      hub_columns: text columns on the hub where they differ from `text_columns`.
-      drop_broken_rows: rows with a wrong number of fields are dropped with a warning, as the
-        hub's copy of the official file does; elsewhere they are refused.
-      allow_empty_text: an empty text is data; elsewhere it is refused.
-    """
-
-    name: str
-    folder: str = ""
-    text_columns: tuple[str, ...] = ()
-    label_column: str = "label"
-    kind: Literal["classification", "regression", "causal_lm"] = "classification"
-    labels: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ("accuracy",)
-    dev_splits: tuple[str, ...] = ("dev",)
-    test_splits: tuple[str, ...] = ()
-    label_format: Literal["id", "name"] = "id"
-    header: tuple[str, ...] | None = None
-    hub_columns: tuple[str, ...] | None = None
-    drop_broken_rows: bool = False
-    allow_empty_text: bool = False
-
-    @property
-    def num_outputs(self) -> int:
-        """Width of the head: the number of classes, 1 for regression, 0 (no head) for causal_lm."""
-        return 0 if self.kind == "causal_lm" else len(self.labels) or 1
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Every labelled split."""
-        return ("train", *self.dev_splits, *self.test_splits)
-
 
 _PAIR = ("sentence1", "sentence2")
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -63,6 +17,7 @@ _NEXT_TOKEN = ("perplexity", "token_accuracy")
 _ALL = (
     Task(
         name="cola",
+        reader=GLUE,
         folder="CoLA",
         text_columns=("sentence",),
         labels=("unacceptable", "acceptable"),
@@ -71,12 +26,14 @@ _ALL = (
     ),
     Task(
         name="sst2",
+        reader=GLUE,
         folder="SST-2",
         text_columns=("sentence",),
         labels=("negative", "positive"),
     ),
     Task(
         name="mrpc",
+        reader=GLUE,
         folder="MRPC",
         text_columns=("#1 String", "#2 String"),
         label_column="Quality",
@@ -86,6 +43,7 @@ _ALL = (
     ),
     Task(
         name="stsb",
+        reader=GLUE,
         folder="STS-B",
         text_columns=_PAIR,
         label_column="score",
@@ -94,6 +52,7 @@ _ALL = (
     ),
     Task(
         name="rte",
+        reader=GLUE,
         folder="RTE",
         text_columns=_PAIR,
         labels=_ENTAILMENT,
@@ -101,12 +60,14 @@ _ALL = (
     ),
     Task(
         name="wnli",
+        reader=GLUE,
         folder="WNLI",
         text_columns=_PAIR,
         labels=("not_entailment", "entailment"),
     ),
     Task(
         name="qnli",
+        reader=GLUE,
         folder="QNLI",
         text_columns=("question", "sentence"),
         labels=_ENTAILMENT,
@@ -115,6 +76,7 @@ _ALL = (
     ),
     Task(
         name="qqp",
+        reader=GLUE,
         folder="QQP",
         text_columns=("question1", "question2"),
         label_column="is_duplicate",
@@ -125,6 +87,7 @@ _ALL = (
     ),
     Task(
         name="mnli",
+        reader=GLUE,
         folder="MNLI",
         text_columns=_PAIR,
         label_column="gold_label",
@@ -136,15 +99,32 @@ _ALL = (
     ),
     Task(
         name="reviews",
+        reader=REVIEWS,
         folder="reviews",
         text_columns=("text",),
         label_column="rating",
         labels=("negative", "positive"),
         test_splits=("test",),
     ),
-    Task(name="text", kind="causal_lm", metrics=_NEXT_TOKEN),
-    Task(name="instructions", kind="causal_lm", metrics=_NEXT_TOKEN),
-    Task(name="e2e", kind="causal_lm", metrics=_NEXT_TOKEN, test_splits=("test",)),
+    Task(
+        name="text",
+        reader=DocumentReader(load_text),
+        kind="causal_lm",
+        metrics=_NEXT_TOKEN,
+    ),
+    Task(
+        name="instructions",
+        reader=DocumentReader(load_instructions),
+        kind="causal_lm",
+        metrics=_NEXT_TOKEN,
+    ),
+    Task(
+        name="e2e",
+        reader=DocumentReader(load_e2e),
+        kind="causal_lm",
+        metrics=_NEXT_TOKEN,
+        test_splits=("test",),
+    ),
 )
 
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorax.data.documents import Documents, Span
 from lorax.data.files import read_text
-from lorax.data.special_tokens import special_tokens
+from lorax.data.tokens.special_tokens import special_tokens
 from lorax.errors import LoraxError
 
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}

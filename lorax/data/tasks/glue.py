@@ -10,12 +10,38 @@ import numpy as np
 
 from lorax.data.examples import Examples
 from lorax.data.files import read_text
-from lorax.data.tasks import Task
+from lorax.data.tasks.hub import hub_content, load_hub_split
+from lorax.data.tasks.task import ExampleReader, Task
+from lorax.digest import files_digest
 from lorax.errors import LoraxError
 
-_PROJECT = Path(__file__).resolve().parents[2]
+_PROJECT = Path(__file__).resolve().parents[3]
 _SCORES = (0.0, 5.0)
 _log = logging.getLogger(__name__)
+
+
+def load_glue(task: Task, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
+    """Reads one split of a task of GLUE, from its TSV file or, where there is none, from the hub.
+
+    Args:
+      task: a task of GLUE.
+      split: one of `task.splits`.
+      data_dir: as of `find_folder`.
+
+    Raises:
+      LoraxError: data not found, or a malformed row.
+    """
+    folder = find_folder(task, data_dir)
+    return read_tsv(task, folder / f"{split}.tsv") if folder else load_hub_split(task, split)
+
+
+def _content(task: Task, data_dir: str | os.PathLike | None) -> str:
+    if folder := find_folder(task, data_dir):
+        return files_digest([folder / f"{split}.tsv" for split in ("train", *task.dev_splits)])
+    return hub_content(task)
+
+
+GLUE = ExampleReader(load_glue, _content)
 
 
 def find_folder(task: Task, data_dir: str | os.PathLike | None = None) -> Path | None:

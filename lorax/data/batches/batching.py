@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorax.data.packing import Layout, Rows, at_least_one, fit, round_up
-from lorax.data.shuffle import permutation
-from lorax.data.tokenize import Encoded
+from lorax.data.batches.packing import Layout, Rows, at_least_one, fit, round_up
+from lorax.data.batches.shuffle import permutation
+from lorax.data.tokens.tokenize import Encoded
 from lorax.errors import LoraxError
 
 

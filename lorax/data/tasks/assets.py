@@ -3,7 +3,7 @@ from pathlib import Path
 
 from lorax.errors import LoraxError
 
-_PROJECT = Path(__file__).resolve().parents[2]
+_PROJECT = Path(__file__).resolve().parents[3]
 
 
 def find_asset(name: str) -> Path:

@@ -8,13 +8,14 @@ from lorax.errors import LoraxError
 _PARAGRAPH, _LINE = re.compile(r"\n[ \t\r]*\n\s*"), re.compile(r"\n\s*")
 
 
-def load_text(split: str, path: Path) -> Documents:
+def load_text(split: str, path: Path, base: Path | None = None) -> Documents:
     """Reads plain text, all of which is to be predicted.
 
     Args:
       split: `train` or `dev`.
       path: a UTF-8 file, whose last tenth is dev (`cut_text` says where it is cut); or a folder
         with `train.txt` and `dev.txt`.
+      base: the folder of the tokenizer, of which plain text needs nothing.
 
     Returns:
       One document, the split's text as it is.
@@ -22,6 +23,7 @@ def load_text(split: str, path: Path) -> Documents:
     Raises:
       LoraxError: a file is missing, not UTF-8, empty, or a single line.
     """
+    del base
     if path.is_dir():
         text = read_text(path / f"{split}.txt")
         if not text.strip():

@@ -1,19 +1,13 @@
-import hashlib
-import json
+"""Splits and their content by task, from files or the hub."""
+
 import os
-from functools import lru_cache
 from pathlib import Path
 
 from lorax.data.documents import Documents
-from lorax.data.e2e import load_e2e
 from lorax.data.examples import Examples
 from lorax.data.files import digest_of
-from lorax.data.glue import find_folder, read_tsv
-from lorax.data.hub import load_hub_split
-from lorax.data.instructions import load_instructions
-from lorax.data.reviews import load_reviews, reviews_file
-from lorax.data.tasks import TASKS, Task, get_task
-from lorax.data.text_file import load_text
+from lorax.data.tasks.registry import TASKS, get_task
+from lorax.data.tasks.task import DocumentReader, ExampleReader, Task
 from lorax.errors import LoraxError
 from lorax.runtime.digest import files_digest
 
@@ -34,12 +28,9 @@ def load_split(task: Task | str, split: str, data_dir: str | os.PathLike | None 
       LoraxError: unknown task or split, data not found, or a malformed row.
     """
     task = _checked(task, split)
-    if task.kind == "causal_lm":
+    if isinstance(task.reader, DocumentReader):
         raise LoraxError(f"task {task.name} has documents without labels: use load_documents")
-    if task.name == "reviews":
-        return load_reviews(split, data_dir)
-    folder = find_folder(task, data_dir)
-    return read_tsv(task, folder / f"{split}.tsv") if folder else load_hub_split(task, split)
+    return task.reader.read(task, split, data_dir)
 
 
 def load_documents(
@@ -61,17 +52,14 @@ def load_documents(
       LoraxError: unknown task or split, no `data_dir`, or a missing or malformed file.
     """
     task = _checked(task, split)
-    if task.kind != "causal_lm":
+    if isinstance(task.reader, ExampleReader):
         raise LoraxError(f"task {task.name} has labelled examples: use load_split")
     if data_dir is None:
         raise LoraxError(f"task {task.name} reads your own files: set task.data_dir")
     path, folder = Path(data_dir), None if base is None else Path(base)
     if not path.exists():
         raise LoraxError(f"task.data_dir={str(path)!r}: no such file or folder")
-    if task.name == "text":
-        return load_text(split, path)
-    reader = load_e2e if task.name == "e2e" else load_instructions
-    return reader(split, path, folder)
+    return task.reader.read(split, path, folder)
 
 
 def _checked(task: Task | str, split: str) -> Task:
@@ -97,30 +85,11 @@ def content_of(task: str, data_dir: str | os.PathLike | None) -> str | None:
     """
     if task not in TASKS:
         return None
-    if TASKS[task].kind == "causal_lm":
+    reader = TASKS[task].reader
+    if isinstance(reader, DocumentReader):
         path = None if data_dir is None else Path(data_dir)
         return digest_of(path) if path is not None and path.exists() else None
     try:
-        files = _example_files(TASKS[task], data_dir)
-        return files_digest(files) if files else _hub_content(task)
+        return reader.content(TASKS[task], data_dir)
     except LoraxError:
         return None  # loading it says why
-
-
-def _example_files(task: Task, data_dir: str | os.PathLike | None) -> list[Path]:
-    """The files that training and dev examples are read from; none where they are on the hub."""
-    if task.name == "reviews":
-        return [reviews_file(data_dir)]
-    folder = find_folder(task, data_dir)
-    return [folder / f"{split}.tsv" for split in ("train", *task.dev_splits)] if folder else []
-
-
-@lru_cache(maxsize=16)
-def _hub_content(task: str) -> str:
-    """The SHA-256 of the training and dev examples that the hub gives, once a process."""
-    sums = hashlib.sha256()
-    for split in ("train", *TASKS[task].dev_splits):
-        found = load_hub_split(TASKS[task], split)
-        columns = [found.first, found.second, found.labels.tolist()]
-        sums.update(json.dumps([split, *columns]).encode())
-    return sums.hexdigest()

@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorax.data.chat import ChatTemplate, load_chat_template
 from lorax.data.documents import Documents, Span
 from lorax.data.files import read_text
+from lorax.data.tasks.chat import ChatTemplate, load_chat_template
 from lorax.errors import LoraxError
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lorax.data.tokenize import Encoded
+from lorax.data.tokens.tokenize import Encoded
 from lorax.errors import LoraxError
 
 DRAWS = 1000  # random batches that the shapes are chosen for

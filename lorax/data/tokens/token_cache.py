@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lorax.data.documents import Documents, encode_documents, warn_of_dropped
+from lorax.data.documents import Documents
 from lorax.data.examples import Examples
-from lorax.data.tokenize import Encoded, encode
+from lorax.data.tokens.tokenize import Encoded, encode
+from lorax.data.tokens.tokenize_documents import encode_documents, warn_of_dropped
 
 log = logging.getLogger(__name__)
 FORMAT = 1  # to raise when other tokens are made of the same texts, or the file changes

@@ -4,20 +4,23 @@ Templates are Jinja, rendered as `transformers` does: the same sandbox, filters 
 (https://huggingface.co/docs/transformers/chat_templating_writing).
 """
 
+import datetime
+import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lorax.data.documents import Span
 from lorax.data.files import read_text
-from lorax.data.special_tokens import control_tokens, read_json, special_tokens
+from lorax.data.tokens.special_tokens import control_tokens, read_json, special_tokens
 from lorax.errors import LoraxError, brief
 
 if TYPE_CHECKING:
     import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # Around what the template marks; Unicode keeps these two from being characters of any text.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
@@ -153,12 +156,57 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> "jinja2.Template":
-        from lorax.data.chat_environment import chat_environment
-
         try:
-            return chat_environment().from_string(self.source)
+            return _environment().from_string(self.source)
         except Exception as error:  # of Jinja, or of what it compiles to
             raise LoraxError(f"the chat template is no Jinja ({_line(error)})") from error
+
+
+def _environment() -> "ImmutableSandboxedEnvironment":
+    """A sandbox that compiles chat templates as `transformers` does; only chats import Jinja."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %} ... {% endgeneration %}`: puts `OPEN` and `CLOSE` around it."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja's own name for them)
+
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+        def _mark(self, caller: Callable[[], str]) -> str:
+            return f"{OPEN}{caller()}{CLOSE}"
+
+    def fail(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": fail, "strftime_now": _strftime_now}
+    return environment
+
+
+def _tojson(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is; Jinja's own filter escapes what HTML does not allow."""
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:

@@ -1,11 +1,14 @@
 """GLUE from the Hugging Face hub, for machines without the TSV files."""
 
+import hashlib
+import json
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorax.data.examples import Examples
-from lorax.data.tasks import Task
+from lorax.data.tasks.task import Task
 from lorax.errors import LoraxError
 
 if TYPE_CHECKING:
@@ -39,6 +42,17 @@ def load_hub_split(task: Task, split: str) -> Examples:
             f"({reason}): {remedy}"
         ) from error
     return from_hub(task, dataset)
+
+
+@lru_cache(maxsize=16)
+def hub_content(task: Task) -> str:
+    """The SHA-256 of the training and dev examples that the hub gives, once a process."""
+    sums = hashlib.sha256()
+    for split in ("train", *task.dev_splits):
+        found = load_hub_split(task, split)
+        columns = [found.first, found.second, found.labels.tolist()]
+        sums.update(json.dumps([split, *columns]).encode())
+    return sums.hexdigest()
 
 
 def from_hub(task: Task, dataset: "datasets.Dataset") -> Examples:

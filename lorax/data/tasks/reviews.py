@@ -11,37 +11,48 @@ from pathlib import Path
 
 import numpy as np
 
-from lorax.data.assets import find_asset
 from lorax.data.examples import Examples
+from lorax.data.tasks.assets import find_asset
+from lorax.data.tasks.task import ExampleReader, Task
+from lorax.digest import files_digest
 from lorax.errors import LoraxError
 
 FILE_NAME = "movieReviewSnippets_GroundTruth.txt"
 _MIN_RATING = 0.5
 
 
-def load_reviews(split: str, data_dir: str | os.PathLike | None = None) -> Examples:
+def load_reviews(task: Task, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
     """Reads one split of the reviews: 0 is negative, 1 is positive.
 
     Snippets rated between -0.5 and 0.5 are dropped, and the second of two equal texts.
 
     Args:
+      task: `reviews`.
       split: `train`, `dev` or `test`.
       data_dir: the folder of the unpacked asset; None finds it.
 
     Raises:
       LoraxError: the asset is missing or a line is malformed.
     """
+    del task
     ratings = {
         text: rating
-        for text, rating in reversed(_read(reviews_file(data_dir)))
+        for text, rating in reversed(_read(_file(data_dir)))
         if abs(rating) >= _MIN_RATING and split_of(text) == split
     }
     texts = [*reversed(ratings)]
     return Examples(texts, None, np.asarray([ratings[text] > 0 for text in texts], np.int32))
 
 
-def reviews_file(data_dir: str | os.PathLike | None = None) -> Path:
-    """The file of the reviews; arguments and errors as of `load_reviews`."""
+def _content(task: Task, data_dir: str | os.PathLike | None) -> str:
+    del task
+    return files_digest([_file(data_dir)])
+
+
+REVIEWS = ExampleReader(load_reviews, _content)
+
+
+def _file(data_dir: str | os.PathLike | None) -> Path:
     folder = find_asset("reviews") if data_dir is None else Path(data_dir)
     return folder / FILE_NAME
 

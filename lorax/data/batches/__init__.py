@@ -1,0 +1,1 @@
+"""Batches: which examples come together, packed into rows or padded, and in which order."""
