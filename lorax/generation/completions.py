@@ -24,7 +24,7 @@ from lorax.generation.prompts import (
 )
 from lorax.generation.text import Stops, cut, text_after
 from lorax.lora.nnx_model import LoraLayer
-from lorax.lora.rows import RowsLayer
+from lorax.lora.per_example import PerExampleLayer
 from lorax.models import CausalLM
 
 
@@ -155,7 +155,7 @@ def _checked(
 
 def _check_adapters(model: CausalLM) -> None:
     for _, layer in nnx.iter_graph(model):
-        if isinstance(layer, RowsLayer):
+        if isinstance(layer, PerExampleLayer):
             raise LoraxError(
                 f"{layer.path!r} has an adapter a row (adapt_rows), but generate orders prompts by "
                 "itself: take lorax.adapt, or decode by the model's own cache"

@@ -1,6 +1,6 @@
-"""The way in for Flax NNX models: target layers are swapped for ones with a low-rank path.
+"""LoRA in Flax NNX models: target layers are replaced by ones with a low-rank path.
 
-Inside `jax.jit` the swap happens while tracing and costs nothing when the program runs.
+Inside `jax.jit` the replacement happens while tracing and costs nothing when the program runs.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from flax import nnx
 from lorax.errors import LoraxError
 from lorax.lora import low_rank
 from lorax.lora.adapter import LoraTree
+from lorax.lora.layer_replacement import layer_axes, replace_layers
 from lorax.lora.low_rank import Branch
 from lorax.lora.merge import Scales, scales_of
-from lorax.lora.surgery import layer_axes, swap
 
 
 class LoraParam(nnx.Param):
@@ -126,7 +126,7 @@ def adapt(
         pair = lora[path]
         return LoraLayer(layer, Branch(path, pair["a"], pair["b"], factors[path], rate, key))
 
-    return swap(model, lora, wrap)
+    return replace_layers(model, lora, wrap)
 
 
 def kernel_axes(model: nnx.Module) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A layer of an NNX model in another's place, wherever the model calls it."""
+"""Layer replacement: a copy of an NNX model with other layers in place of its own."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from lorax.lora.merge import check_fit
 from lorax.lora.spec import LoraSpec
 
 
-def swap(
+def replace_layers(
     model: nnx.Module, lora: Mapping[str, Any], wrap: Callable[[Any, str], nnx.Module]
 ) -> nnx.Module:
     """A copy of `model` with `wrap(layer, path)` in the place of every target's layer.
@@ -25,11 +25,11 @@ def swap(
     model = nnx.clone(model)
     shared = [[list(map(str, path)) for path in group] for group in nnx.find_duplicates(model)]
     for path, pair in lora.items():
-        model = _swap(model, path, pair, wrap, shared)
+        model = _replace(model, path, pair, wrap, shared)
     return model
 
 
-def _swap(
+def _replace(
     model: nnx.Module,
     path: str,
     pair: Any,

@@ -1,4 +1,4 @@
-"""Several adapters in one pytree: the slots of a stack, of mixed ranks, targets and scales.
+"""An adapter stack: several adapters of one base in one pytree, of mixed ranks, targets and scales.
 
 Ranks are zero-padded to the largest and missing targets are zero (see `stack`), scales are data.
 So another adapter in a slot changes numbers alone, and a compiled program serves it as it is.

@@ -1,4 +1,4 @@
-"""A batch whose rows use different adapters of one base: the low-rank path, row by row."""
+"""Per-example adapters: a batch whose rows use different adapters of one base."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +9,17 @@ import numpy as np
 from flax import nnx
 
 from lorax.errors import LoraxError
+from lorax.lora.adapter_stack import Adapters
+from lorax.lora.layer_replacement import replace_layers
 from lorax.lora.low_rank import Branch
-from lorax.lora.many import Adapters
 from lorax.lora.nnx_model import LoraLayer
-from lorax.lora.surgery import swap
 
 
 class LoraRows(nnx.Variable):
     """Which adapter each row of a batch uses, (B,); the layers of a model share one."""
 
 
-class RowsLayer(LoraLayer):
+class PerExampleLayer(LoraLayer):
     """A frozen layer and, beside it, each row's own low-rank path, gathered from a stack."""
 
     def __init__(self, base: Any, branch: Branch, rows: LoraRows):
@@ -69,7 +69,7 @@ def adapt_rows(model: nnx.Module, adapters: Adapters, rows_B: Any) -> nnx.Module
         is not one of B rows (a table of positions that all rows share; several first tokens of
         packed rows).
 
-    >>> from lorax.lora.many import stack_adapters
+    >>> from lorax.lora.adapter_stack import stack_adapters
     >>> model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     >>> lora = {"kernel": {"a": jnp.ones((1, 3)), "b": jnp.ones((2, 1))}}
     >>> pool = stack_adapters([(lora, {"kernel": 1.0}), (lora, {"kernel": 2.0})])
@@ -79,13 +79,13 @@ def adapt_rows(model: nnx.Module, adapters: Adapters, rows_B: Any) -> nnx.Module
     """
     rows = LoraRows(_checked_rows(rows_B, len(adapters)))
 
-    def wrap(layer: Any, path: str) -> RowsLayer:
+    def wrap(layer: Any, path: str) -> PerExampleLayer:
         if isinstance(layer, nnx.Einsum):
             _check_einsum(layer.einsum_str, path)
         pair, scale = adapters.lora[path], adapters.scales[path]
-        return RowsLayer(layer, Branch(path, pair["a"], pair["b"], scale), rows)
+        return PerExampleLayer(layer, Branch(path, pair["a"], pair["b"], scale), rows)
 
-    return swap(model, adapters.slot, wrap)
+    return replace_layers(model, adapters.slot, wrap)
 
 
 def _checked_rows(rows_B: Any, count: int) -> jax.Array:

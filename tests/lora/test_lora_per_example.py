@@ -172,5 +172,5 @@ def test_layers_that_are_refused_before_a_call():
     pool = stacked(model, "query")
     with pytest.raises(lorax.LoraxError, match=r"target 'query\.kernel' is not in the model"):
         lorax.adapt_rows(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), pool, [0])
-    with pytest.raises(lorax.LoraxError, match="is a RowsLayer, which has no low-rank path"):
+    with pytest.raises(lorax.LoraxError, match="is a PerExampleLayer, which has no low-rank path"):
         lorax.adapt_rows(lorax.adapt_rows(model, pool, [0]), pool, [0])
