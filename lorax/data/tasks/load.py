@@ -9,7 +9,6 @@ from lorax.data.files import digest_of
 from lorax.data.tasks.registry import TASKS, get_task
 from lorax.data.tasks.task import DocumentReader, ExampleReader, Task
 from lorax.errors import LoraxError
-from lorax.runtime.digest import files_digest
 
 
 def load_split(task: Task | str, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
