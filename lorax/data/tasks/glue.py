@@ -12,8 +12,8 @@ from lorax.data.examples import Examples
 from lorax.data.files import read_text
 from lorax.data.tasks.hub import hub_content, load_hub_split
 from lorax.data.tasks.task import ExampleReader, Task
-from lorax.digest import files_digest
 from lorax.errors import LoraxError
+from lorax.runtime.digest import files_digest
 
 _PROJECT = Path(__file__).resolve().parents[3]
 _SCORES = (0.0, 5.0)

@@ -14,8 +14,8 @@ import numpy as np
 from lorax.data.examples import Examples
 from lorax.data.tasks.assets import find_asset
 from lorax.data.tasks.task import ExampleReader, Task
-from lorax.digest import files_digest
 from lorax.errors import LoraxError
+from lorax.runtime.digest import files_digest
 
 FILE_NAME = "movieReviewSnippets_GroundTruth.txt"
 _MIN_RATING = 0.5
