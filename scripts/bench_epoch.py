@@ -175,16 +175,15 @@ def lorax_trial(options: argparse.Namespace, out: Path) -> Any:
 
 def compile_shapes(engine: Any, run: Any) -> None:
     """Compile the step for every shape of the epoch."""
-    from lorax import data
-    from lorax.train.loop import collate_alike
+    from lorax.train.batch_stream import BatchStream
+    from lorax.train.hyper_stream import HyperStream
 
-    train, split, layout = run.config.train, run.dataset.train, run.dataset.layout
-    of_shape: dict[int, Any] = {}
-    for batch in data.train_batches(len(split), train.batch_size, seed=run.config.seed, epoch=0):
-        rows = layout.rows_for(len(data.fit(split.lengths[batch], layout.row_length)))
-        of_shape.setdefault(rows, batch)
+    stream = BatchStream(run.dataset, run.config.train, [run.config.seed])
+    batches = map(stream.at, range(run.batches_per_epoch))
+    of_shape = {batch.shape: batch for batch in batches}
+    hyper = HyperStream([run.config], run.total_steps).at(0)
     for batch in of_shape.values():
-        engine.compile([run.hyper(0)], [collate_alike(run.dataset, {0: batch}, train)[0]])
+        engine.compile(hyper, batch)
 
 
 def command(

@@ -53,27 +53,30 @@ class Step:
         import numpy as np
 
         from lorax import data
+        from lorax.train.hyper_stream import HyperStream
+        from lorax.train.indexed_batch import BatchShape, IndexedBatch, device_split
         from lorax.train.setup import hyper_of, prepare
         from lorax.train.single_engine import SingleEngine
         from lorax.train.step import init_state
 
-        self.setup, self.hyper = prepare(trial), hyper_of(trial)
-        state = init_state(self.setup.trainable, self.hyper, self.setup.dropout_key)
+        self.setup, self.hyper = prepare(trial), HyperStream([trial], 1).at(0)
+        state = init_state(self.setup.trainable, hyper_of(trial), self.setup.dropout_key)
         self.engine, examples = SingleEngine(self.setup, state), trial.train.batch_size
         draw = np.random.default_rng(0).integers(1000, 30000, (examples, length), np.int32)
         labels = np.arange(examples, dtype=np.int32) % 2
         encoded = data.Encoded(list(draw), [0 * x for x in draw], labels)
-        rows, layout = [[n] for n in range(examples)], data.Layout(length, (examples,), examples)
-        self.batch = data.collate(encoded, np.arange(examples), rows, layout, rows=examples)
+        rows = np.arange(examples, dtype=np.int32)[None]
+        shape = BatchShape(1, examples, length, 0)
+        self.batch = IndexedBatch(device_split(encoded), rows, rows * length, shape)
 
     def __call__(self) -> None:
         """One step, waited for."""
-        self.engine.read(self.engine.step([self.hyper], [self.batch]))
+        self.engine.read(self.engine.step(self.hyper, self.batch))
 
     @property
     def memory(self) -> int:
         """Bytes, as XLA plans it."""
-        return self.engine.compile([self.hyper], [self.batch])[0].memory_bytes
+        return self.engine.compile(self.hyper, self.batch)[0].memory_bytes
 
 
 def needed_flops(config: Any, length: int, reads_all: bool) -> int:

@@ -5,7 +5,7 @@ stands on them. `tasks`, whose readers look up special tokens, and `batches` sta
 """
 
 from lorax.data.batches.batching import eval_plan, pad, train_batches
-from lorax.data.batches.packing import Layout, choose_layout, collate, collate_alike, fit
+from lorax.data.batches.packing import Layout, choose_layout, collate, collate_alike, fit, place
 from lorax.data.batches.shuffle import permutation, subsample
 from lorax.data.documents import Documents
 from lorax.data.examples import Examples
@@ -48,6 +48,7 @@ __all__ = [
     "load_tokenizer",
     "pad",
     "permutation",
+    "place",
     "references_by_mr",
     "special_tokens",
     "subsample",

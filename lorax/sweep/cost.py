@@ -10,6 +10,7 @@ from lorax.runtime.compiler import StepCost, compile_cost
 from lorax.runtime.memory import device_memory, free_host_memory
 from lorax.sweep.workload import Workload
 from lorax.train.batched_engine import BatchedEngine, mesh_of
+from lorax.train.hyper_stream import HyperStream
 from lorax.train.optimizer import Hyper
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import Frozen, State, init_state, train_step
@@ -68,7 +69,7 @@ def measure_probe(work: Workload) -> Probe:
     mesh = mesh_of(work.config)
     lanes = mesh.shape["trial"] if mesh else 1
     engine = _engine([work.config] * lanes, tokens_at_once=0, lanes=1)
-    step = [hyper_of(work.config)] * lanes, [work.dummy_batch(rows)] * lanes
+    step = HyperStream([work.config] * lanes, work.steps).at(0), work.dummy_batch(rows, lanes, mesh)
     cost, _ = engine.compile(*step, is_trained=False)
     seconds = []
     for _ in range(3):
@@ -89,9 +90,9 @@ def pack_memory(
     """
     engine = _engine(trials, tokens_at_once=tokens_at_once, lanes=lanes)
     work = Workload.of(trials[0])
-    batch = work.dummy_batch(max(work.shapes))
-    hypers = [hyper_of(trial) for trial in trials]
-    cost, _ = engine.compile(hypers, [batch] * len(trials), is_trained=False)
+    batch = work.dummy_batch(max(work.shapes), len(trials), engine.mesh)
+    hyper = HyperStream(trials, work.steps).at(0)
+    cost, _ = engine.compile(hyper, batch, is_trained=False)
     return cost.memory_bytes, engine.side
 
 

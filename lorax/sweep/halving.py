@@ -74,6 +74,6 @@ def shrink(loop: Loop, engine: BatchedEngine) -> None:
         return
     loop.end_runs()
     engine.keep(alive)
-    loop.runs = [loop.runs[n] for n in alive]
+    loop.keep(alive)
     for run in loop.runs:
         run.meter.share(len(alive))

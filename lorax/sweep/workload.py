@@ -4,11 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from jax.sharding import Mesh
 
 from lorax import data
 from lorax.config import TrialConfig
 from lorax.lora.paths import leaves_by_path
 from lorax.train.dataset import Dataset, epoch_steps, load_dataset, total_steps
+from lorax.train.indexed_batch import BatchShape, IndexedBatch, device_split
 from lorax.train.setup import frozen_shapes
 
 
@@ -82,12 +84,27 @@ class Workload:
             products.append(table)  # the output layer, too
         return 4.0 * sum(leaf.size for leaf in products)
 
-    def dummy_batch(self, rows: int) -> dict[str, np.ndarray]:
-        """A batch whose micro-batches have so many rows, each with the shortest example."""
+    def dummy_batch(
+        self, rows: int, lanes: int | None = None, mesh: Mesh | None = None
+    ) -> IndexedBatch:
+        """A batch whose micro-batches have so many rows, each with the shortest example.
+
+        Args:
+          rows: of a micro-batch.
+          lanes: K, of a batch for each lane; None: without an axis for them.
+          mesh: where it is computed; None is one device.
+        """
         train, layout = self.dataset.train, self.dataset.layout
-        shortest = int(np.argmin(train.lengths))
-        placed = [[n] for n in range(min(rows, layout.examples))]
-        indices = np.full(len(placed), shortest)
-        part = data.collate(train, indices, placed, layout, rows=rows)
-        parts = self.config.train.grad_accum
-        return {name: np.concatenate([x] * parts) for name, x in part.items()}
+        parts, count = self.config.train.grad_accum, min(rows, layout.examples)
+        examples = np.full((parts, layout.examples), -1, np.int32)
+        examples[:, :count] = np.argmin(train.lengths)
+        starts = np.zeros((parts, layout.examples), np.int32)
+        starts[:, :count] = layout.row_length * np.arange(count)
+        axes = () if lanes is None else (lanes,)
+        shape = BatchShape(parts, rows, layout.row_length, self.dataset.pad_id)
+        return IndexedBatch(
+            device_split(train, mesh),
+            np.broadcast_to(examples.ravel(), (*axes, examples.size)),
+            np.broadcast_to(starts.ravel(), (*axes, starts.size)),
+            shape,
+        )

@@ -1,6 +1,7 @@
 """The engine of a pack: many trials' states in one, stepped by one program."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,11 @@ from lorax.errors import LoraxError
 from lorax.lora import stack, union, unstack
 from lorax.runtime.compiler import StepCost, compile_cost
 from lorax.train.batched_step import Packed, batched_predict, batched_step
+from lorax.train.indexed_batch import IndexedBatch, shape_of
 from lorax.train.mesh import (
     make_mesh,
     padded,
+    replicate,
     shard_base,
     shard_batch,
     shard_lanes,
@@ -24,8 +27,9 @@ from lorax.train.mesh import (
 )
 from lorax.train.optimizer import Hyper
 from lorax.train.setup import Setup
-from lorax.train.single_engine import HostBatch
 from lorax.train.step import Frozen, State
+
+Spread = Callable[[Any, Any], Any]
 
 
 class BatchedEngine:
@@ -87,21 +91,17 @@ class BatchedEngine:
         return [cost for cost, *_ in self._programs.values()]
 
     def compile(
-        self,
-        hypers: Sequence[Hyper],
-        batches: Sequence[HostBatch],
-        *,
-        is_trained: bool = True,
+        self, hyper: Hyper, batch: Any, *, is_trained: bool = True
     ) -> tuple[StepCost, bool]:
-        """See `lorax.train.single_engine.Engine`; `is_trained` as in `compile_cost`."""
-        key = self._key(batches)
+        """See `lorax.train.engine.Engine`; `is_trained` as in `compile_cost`."""
+        key = self._key(batch)
         is_new = key not in self._programs
         if is_new:
-            packed = self._packed(batches[0]["input_ids"].shape)
+            packed = self._packed(batch)
             lanes = _counted(self._lanes_a_device, packed.side_by_side) / self._row_devices
             cost, program = compile_cost(
                 batched_step(packed),
-                *self._arguments(hypers, batches),
+                *self._arguments(hyper, batch),
                 lanes=lanes,
                 is_trained=is_trained,
                 keeps_barriers=packed.program.saves_memory,
@@ -110,27 +110,28 @@ class BatchedEngine:
         cost, _, self.side = self._programs[key]
         return cost, is_new
 
-    def step(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> jax.Array:
-        """See `lorax.train.single_engine.Engine`."""
-        self.compile(hypers, batches)
-        program = self._programs[self._key(batches)][1]
-        self.state, losses = program(*self._arguments(hypers, batches))
+    def step(self, hyper: Hyper, batch: Any) -> jax.Array:
+        """See `lorax.train.engine.Engine`."""
+        self.compile(hyper, batch)
+        program = self._programs[self._key(batch)][1]
+        self.state, losses = program(*self._arguments(hyper, batch))
         return losses
 
     def read(self, losses: jax.Array) -> np.ndarray:
-        """See `lorax.train.single_engine.Engine`."""
+        """See `lorax.train.engine.Engine`."""
         return self._host(losses)
 
-    def predict(self, batch: HostBatch) -> Any:
-        """See `lorax.train.single_engine.Engine`."""
-        packed = self._packed(batch["input_ids"].shape)
-        rows = shard_rows(batch, self.mesh) if self.mesh else batch
-        outputs = batched_predict(packed)(self.state.trainable, self.frozen, rows)
+    def predict(self, batch: Any) -> Any:
+        """See `lorax.train.engine.Engine`."""
+        program = batched_predict(self._packed(batch))
+        if self.mesh:
+            batch = self._spread(batch, replicate, shard_rows)
+        outputs = program(self.state.trainable, self.frozen, batch)
         return self._host(outputs) if self.mesh else outputs
 
-    def trainable(self, lane: int) -> Any:
-        """See `lorax.train.single_engine.Engine`."""
-        return unstack(self._host(self.state.trainable), lane, self._shapes[lane].trainable)
+    def trainable(self, run: int) -> Any:
+        """See `lorax.train.engine.Engine`."""
+        return unstack(self._host(self.state.trainable), run, self._shapes[run].trainable)
 
     def host_state(self) -> State:
         """All lanes' states, stacked, on the host."""
@@ -146,20 +147,25 @@ class BatchedEngine:
         return stack(trees, like.trainable)
 
     def keep(self, lanes: Sequence[int]) -> None:
-        """Go on with these lanes only, in this order: a smaller program."""
+        """Keep only these lanes, in this order; the next step compiles a smaller program."""
         both = self._host((self.state, self.frozen.scales))
         self._shapes = [self._shapes[n] for n in lanes]
         self._place(*jax.tree.map(lambda x: x[np.asarray(lanes)], both))
 
-    def _key(self, batches: Sequence[HostBatch]) -> tuple[int, ...]:
-        return (self.count, *batches[0]["input_ids"].shape)
+    def _key(self, batch: Any) -> tuple[int, ...]:
+        return (self.count, *shape_of(batch))
 
-    def _arguments(self, hypers: Sequence[Hyper], batches: Sequence[HostBatch]) -> tuple[Any, ...]:
-        hyper = Hyper(*(np.stack(values) for values in zip(*hypers, strict=True)))
-        batch = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
+    def _arguments(self, hyper: Hyper, batch: Any) -> tuple[Any, ...]:
         if self.mesh:
-            hyper, batch = shard_lanes(hyper, self.mesh), shard_batch(batch, self.mesh)
+            hyper, batch = self._lanes(hyper), self._spread(batch, shard_lanes, shard_batch)
         return self.state, self.frozen, hyper, batch
+
+    def _spread(self, batch: Any, numbers: Spread, rows: Spread) -> Any:
+        """A batch on the mesh; the split of an indexed one is there already."""
+        if not isinstance(batch, IndexedBatch):
+            return rows(batch, self.mesh)
+        own = numbers((batch.examples, batch.starts), self.mesh)
+        return dataclasses.replace(batch, examples=own[0], starts=own[1])
 
     @property
     def _lanes_a_device(self) -> int:
@@ -171,8 +177,9 @@ class BatchedEngine:
     def _row_devices(self) -> int:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
 
-    def _packed(self, shape: tuple[int, ...]) -> Packed:
-        wanted = self.lanes or self.tokens_at_once // (shape[0] * shape[1])
+    def _packed(self, batch: Any) -> Packed:
+        rows, row_length = shape_of(batch)
+        wanted = self.lanes or self.tokens_at_once // (rows * row_length)
         return Packed(self.program, even_share(self._lanes_a_device, wanted), self.mesh)
 
 

@@ -4,15 +4,17 @@ State, scales, hyperparameters and batches have a leading axis of K lanes; the f
 none, and is shared. On a mesh the lanes are spread over its `trial` axis.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
+from lorax.train.indexed_batch import IndexedBatch, in_rows
 from lorax.train.mesh import jit_lanes, map_lanes
 from lorax.train.optimizer import Hyper
-from lorax.train.step import Batch, Frozen, Program, State, forward, optimizer_step
+from lorax.train.step import AnyBatch, Batch, Frozen, Program, State, forward, optimizer_step
 
 
 class Packed(NamedTuple):
@@ -39,16 +41,23 @@ def batched_step(packed: Packed) -> Any:
     Returns:
       (state, frozen, hyper, batch) -> (new states, mean losses (K,)). States are stacked,
       (K, ...), and donated; `frozen` has parameters without a lane axis, and scales (K,), 0
-      where a lane does not adapt a target; hyper is (K,) each; batches are (K, B, T) and (K, B).
+      where a lane does not adapt a target; hyper is (K,) each; the batch has leaves (K, ...), or
+      examples and starts (K, ...) of a split that all lanes share.
     """
 
-    def one(params: Any, lane: tuple[Any, ...]) -> tuple[State, jax.Array]:
-        state, scales, hyper, batch = lane
-        return optimizer_step(packed.program, state, Frozen(params, scales), hyper, batch)
+    def step(
+        state: State, frozen: Frozen, hyper: Hyper, batch: AnyBatch
+    ) -> tuple[State, jax.Array]:
+        shared_batch, own_batch, whole = _parts(batch)
 
-    def step(state: State, frozen: Frozen, hyper: Hyper, batch: Batch) -> tuple[State, jax.Array]:
-        lanes = state, frozen.scales, hyper, batch
-        return map_lanes(one, frozen.params, lanes, mesh=packed.mesh, chunk=packed.side_by_side)
+        def one(shared: tuple[Any, Any], lane: tuple[Any, ...]) -> tuple[State, jax.Array]:
+            params, split = shared
+            state, scales, hyper, own = lane
+            frozen = Frozen(params, scales)
+            return optimizer_step(packed.program, state, frozen, hyper, whole(split, own))
+
+        shared, lanes = (frozen.params, shared_batch), (state, frozen.scales, hyper, own_batch)
+        return map_lanes(one, shared, lanes, mesh=packed.mesh, chunk=packed.side_by_side)
 
     return jit_lanes(step, packed.mesh, donate_argnums=0)
 
@@ -66,8 +75,17 @@ def batched_predict(packed: Packed) -> Any:
         trainable, scales = lane
         return forward(packed.program, trainable, Frozen(params, scales), batch)
 
-    def predict(trainable: Any, frozen: Frozen, batch: Batch) -> jax.Array:
-        shared, lanes = (frozen.params, batch), (trainable, frozen.scales)
+    def predict(trainable: Any, frozen: Frozen, batch: AnyBatch) -> jax.Array:
+        shared, lanes = (frozen.params, in_rows(batch)), (trainable, frozen.scales)
         return map_lanes(one, shared, lanes, mesh=packed.mesh, chunk=packed.side_by_side)
 
     return jit_lanes(predict, packed.mesh)
+
+
+def _parts(batch: AnyBatch) -> tuple[Any, Any, Callable[[Any, Any], AnyBatch]]:
+    """What lanes share of a batch, what each has of its own, and how both go together."""
+    if not isinstance(batch, IndexedBatch):
+        return None, batch, lambda _, own: own
+    shape = batch.shape
+    own = batch.examples, batch.starts
+    return batch.split, own, lambda split, own: IndexedBatch(split, own[0], own[1], shape)

@@ -15,7 +15,7 @@ from lorax.runs.content import Content, content_of
 from lorax.runtime.process import cache_root
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A tokenized task.
 

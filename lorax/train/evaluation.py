@@ -1,40 +1,63 @@
 """Predictions on whole splits, and their metrics."""
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from lorax import data
 from lorax.train.dataset import Dataset
+from lorax.train.indexed_batch import BatchShape, IndexedBatch, device_split
 from lorax.train.metrics import evaluate
 from lorax.train.setup import Setup
 from lorax.train.step import example_losses, predict
 
-Forward = Callable[[dict[str, np.ndarray]], Any]
+Forward = Callable[[IndexedBatch], Any]
 
 
 def predict_split(
-    forward: Forward, dataset: Dataset, encoded: data.Encoded, batch_size: int
+    forward: Forward,
+    dataset: Dataset,
+    encoded: data.Encoded,
+    batch_size: int,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Outputs for a whole split in its order: (..., n, outputs).
 
     Args:
-      forward: from a packed batch of N examples to (..., N, outputs); the leading axes are the
-        lanes.
+      forward: from a batch of N examples to (..., N, outputs); the leading axes are the lanes.
       dataset: its row length and padding.
       encoded: the split.
       batch_size: examples a forward pass, on average.
+      mesh: where `forward` computes; None is one device.
     """
-    row_length = dataset.layout.row_length
-    layout, batches = data.eval_plan(encoded, batch_size, row_length, dataset.multiple)
-    (rows,) = layout.rows
-    outputs = []
-    for indices, placed in batches:
-        batch = data.collate(encoded, indices, placed, layout, rows=rows, pad_id=dataset.pad_id)
-        outputs.append(forward(batch)[..., : len(indices), :])
+    batches = _batches(encoded, batch_size, dataset, mesh)
+    outputs = [forward(batch)[..., : len(indices), :] for indices, batch in batches]
     order = np.argsort(np.concatenate([indices for indices, _ in batches]), kind="stable")
     return np.concatenate(outputs, axis=-2)[..., order, :]
+
+
+@lru_cache(maxsize=16)
+def _batches(
+    encoded: data.Encoded, batch_size: int, dataset: Dataset, mesh: Mesh | None
+) -> list[tuple[np.ndarray, IndexedBatch]]:
+    """The batches of an evaluation, and the examples that each holds."""
+    row_length = dataset.layout.row_length
+    layout, batches = data.eval_plan(encoded, batch_size, row_length, dataset.multiple)
+    split = device_split(encoded, mesh)
+    shape = BatchShape(1, layout.rows[0], row_length, dataset.pad_id)
+    found = []
+    for indices, placed in batches:
+        examples = np.full(layout.examples, -1, np.int32)
+        examples[: len(indices)] = indices
+        starts = np.zeros(layout.examples, np.int32)
+        for row, members in enumerate(placed):
+            ends = np.cumsum(encoded.lengths[indices[members]])
+            starts[members] = row * row_length + ends - encoded.lengths[indices[members]]
+        found.append((indices, IndexedBatch(split, examples, starts, shape)))
+    return found
 
 
 def score(dataset: Dataset, outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -58,7 +81,7 @@ def predict_all(
 ) -> np.ndarray:
     """Outputs of one trial for a whole split, (n, outputs), in the split's order."""
 
-    def forward(batch: dict[str, np.ndarray]) -> Any:
+    def forward(batch: IndexedBatch) -> Any:
         return predict(setup.program, trainable, setup.frozen, batch)
 
     return predict_split(forward, dataset, encoded, batch_size)

@@ -122,6 +122,11 @@ def shard_rows(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: _put(_whole(x, 0, mesh), mesh, PartitionSpec(ROWS)), batch)
 
 
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Leaves that every device holds whole."""
+    return jax.tree.map(lambda x: _put(x, mesh, REPLICATED), tree)
+
+
 def _put(x: Any, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """A global array from one that every process has; unlike `device_put`, without a check."""
     x = np.asarray(x)

@@ -12,9 +12,7 @@ from lorax.runs.trackers import FAILED, INTERRUPTED, Tracker
 from lorax.runs.trial import Trial
 from lorax.train.dataset import Dataset, epoch_steps, total_steps
 from lorax.train.meter import Meter
-from lorax.train.optimizer import Hyper
-from lorax.train.schedule import lr_factor
-from lorax.train.setup import Setup, hyper_of
+from lorax.train.setup import Setup
 
 
 @dataclass
@@ -65,10 +63,6 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     has_ended: bool = False
 
-    def __post_init__(self) -> None:
-        o = self.config.optimizer
-        self._factor = lr_factor(o.schedule, self.total_steps, o.warmup_ratio)
-
     def __enter__(self) -> "Run":
         return self
 
@@ -102,10 +96,6 @@ class Run:
     def metric(self) -> str:
         """Name of the task's main metric."""
         return self.dataset.task.metrics[0]
-
-    def hyper(self, step: int) -> Hyper:
-        """The optimizer's data at a step; the first is 0."""
-        return hyper_of(self.config, self._factor(step))
 
     def settle(self, number: int, lr: float, loss: float) -> None:
         """Record the loss of a step, counted from 1; one that is not finite ends the trial."""

@@ -17,11 +17,13 @@ from flax import nnx
 from lorax.lora import adapt, combine
 from lorax.models import smoothed_losses
 from lorax.train import optimizer
+from lorax.train.indexed_batch import IndexedBatch, in_rows
 from lorax.train.mesh import gather, regather, spread_rows
 from lorax.train.next_tokens import score_examples
 from lorax.train.optimizer import Hyper
 
 Batch = dict[str, jax.Array]
+AnyBatch = Batch | IndexedBatch
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def _accumulated(
 
 
 def optimizer_step(
-    program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: Batch
+    program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: AnyBatch
 ) -> tuple[State, jax.Array]:
     """One optimizer step: (new state, mean loss over the batch's real examples or target tokens).
 
@@ -159,7 +161,8 @@ def optimizer_step(
     stochastic = program.lora_dropout > 0 or program.model_dropout
     key = jax.random.wrap_key_data(state.key)
     key = jax.random.fold_in(key, state.step) if stochastic else None
-    (loss, count), grads = _accumulated(program, state.trainable, frozen, batch, key)
+    rows = in_rows(batch)
+    (loss, count), grads = _accumulated(program, state.trainable, frozen, rows, key)
     grads = jax.tree.map(lambda g: g / count, grads)
     trainable, opt_state = optimizer.update(grads, state.opt_state, state.trainable, hyper)
     return State(trainable, opt_state, state.step + 1, state.key), loss / count
@@ -167,13 +170,13 @@ def optimizer_step(
 
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
 def train_step(
-    program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: Batch
+    program: Program, state: State, frozen: Frozen, hyper: Hyper, batch: AnyBatch
 ) -> tuple[State, jax.Array]:
     """`optimizer_step`, compiled; `state` is donated."""
     return optimizer_step(program, state, frozen, hyper, batch)
 
 
 @partial(jax.jit, static_argnames="program")
-def predict(program: Program, trainable: Any, frozen: Frozen, batch: Batch) -> jax.Array:
+def predict(program: Program, trainable: Any, frozen: Frozen, batch: AnyBatch) -> jax.Array:
     """Model outputs (B, outputs) without dropout: the same forward as training's."""
-    return forward(program, trainable, frozen, batch)
+    return forward(program, trainable, frozen, in_rows(batch))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorax.data import Encoded, choose_layout, collate_alike, fit
+from lorax.data import Encoded, choose_layout, collate_alike, fit, place
 from lorax.data.batches.packing import cheapest_edges
 from lorax.errors import LoraxError
 
@@ -130,3 +130,26 @@ def examples_in(batch):
 def test_faults(call, message):
     with pytest.raises(LoraxError, match=message):
         call()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=5, max_size=5), min_size=1, max_size=4),
+    st.integers(9, 14),
+)
+def test_many_batches_are_placed_as_each_alone(lengths, row_length):
+    starts, rows = place(np.array(lengths), row_length)
+    for own, found, needed in zip(lengths, starts, rows, strict=True):
+        there = [n for n in range(len(own)) if own[n]]
+        placed = fit([own[n] for n in there], row_length)
+        assert needed == len(placed)
+        for row, members in enumerate(placed):
+            column = 0
+            for member in members:
+                n = there[member]
+                assert found[n] == row * row_length + column
+                column += own[n]
+
+
+def test_an_example_longer_than_a_row_is_not_placed():
+    with pytest.raises(LoraxError, match="an example of 9 tokens is longer than a row of 8"):
+        place(np.array([[3, 9]]), 8)

@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from lorax import data
 from lorax.config import (
     LoraConfig,
     MeshConfig,
@@ -28,11 +27,11 @@ from lorax.config import (
     TrialConfig,
 )
 from lorax.lora.paths import leaves_by_path
+from lorax.train.batch_stream import BatchStream
 from lorax.train.batched_engine import BatchedEngine
 from lorax.train.dataset import load_dataset
-from lorax.train.loop import collate_alike
+from lorax.train.hyper_stream import HyperStream
 from lorax.train.mesh import AXES, make_mesh
-from lorax.train.schedule import lr_factor
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
@@ -64,19 +63,13 @@ def trials(base, data_dir):
     ]
 
 
-def steps_of(configs):
-    """Each step's hypers and batches, as the loop would give them."""
+def steps_of(configs, mesh):
+    """Each step's hyper and batch, as the loop gives them."""
     whole_rows = replace(configs[0], sweep=SweepConfig(mesh=MeshConfig(fsdp=8)))  # on any mesh
-    dataset = load_dataset(whole_rows)
-    orders = {
-        t.seed: data.train_batches(len(dataset.train), ROWS, seed=t.seed, epoch=0) for t in configs
-    }
-    factors = [lr_factor(t.optimizer.schedule, STEPS, t.optimizer.warmup_ratio) for t in configs]
-    for step in range(STEPS):
-        chosen = {seed: order[step % len(order)] for seed, order in orders.items()}
-        batches = collate_alike(dataset, chosen, configs[0].train)
-        hypers = [hyper_of(t, factor(step)) for t, factor in zip(configs, factors, strict=True)]
-        yield hypers, [batches[t.seed] for t in configs]
+    seeds = [config.seed for config in configs]
+    batches = BatchStream(load_dataset(whole_rows), configs[0].train, seeds, mesh)
+    hypers = HyperStream(configs, STEPS)
+    return [(hypers.at(step), batches.at(step)) for step in range(STEPS)]
 
 
 def train(configs, setups, sizes):
@@ -87,7 +80,7 @@ def train(configs, setups, sizes):
     ]
     mesh = make_mesh(*sizes) if sizes else None
     engine = BatchedEngine(setups, states, tokens_at_once=1024, mesh=mesh)
-    steps = list(steps_of(configs))
+    steps = steps_of(configs, mesh)
     engine.compile(*steps[0])
     facts = {
         "devices": jax.device_count(),
@@ -98,14 +91,16 @@ def train(configs, setups, sizes):
         ((_, program, _),) = engine._programs.values()
         facts["collectives"] = crossings(program.as_text(), sizes)
     losses, donated, placements = [], [], set()
-    for hypers, batches in steps:
+    for hyper, batch in steps:
         old = jax.tree.leaves(engine.state)
         placements.add(tuple(leaf.sharding for leaf in old))
-        losses.append(engine.read(engine.step(hypers, batches)))
+        losses.append(engine.read(engine.step(hyper, batch)))
         donated.append(all(leaf.is_deleted() for leaf in old))
     facts |= {"donated": all(donated), "placements": len(placements)}
     facts["flops"] = engine.costs[0].flops
-    arrays = {"losses": np.stack(losses), "outputs": np.asarray(engine.predict(steps[0][1][0]))}
+    batch = steps[0][1]
+    first = replace(batch, examples=batch.examples[0], starts=batch.starts[0])
+    arrays = {"losses": np.stack(losses), "outputs": np.asarray(engine.predict(first))}
     for n, setup in enumerate(setups):
         start = leaves_by_path(setup.trainable)
         for name, leaf in leaves_by_path(engine.trainable(n)).items():

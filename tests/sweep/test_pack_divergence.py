@@ -12,6 +12,7 @@ from lorax.sweep import run_packed
 from lorax.sweep.run_serial import summary_line
 from lorax.sweep.workload import Workload
 from lorax.train.batched_engine import BatchedEngine
+from lorax.train.hyper_stream import HyperStream
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
 
@@ -98,13 +99,17 @@ def test_weights_that_are_not_finite_stay_in_their_lane(world, value):
     ]
     spoiled = jax.tree.map(lambda x: x * 0 + value, states[1].trainable)
     ill_states = [states[0], states[1]._replace(trainable=spoiled), states[2]]
-    batches = [Workload.of(trials[0]).dummy_batch(trials[0].task.max_length)] * len(trials)
+    work, rows = Workload.of(trials[0]), trials[0].task.max_length
+    hyper = HyperStream(trials, work.steps).at(0)
     well, ill = (
         BatchedEngine(setups, each, tokens_at_once=1, lanes=2) for each in (states, ill_states)
     )
     for _ in range(3):
-        losses = [np.asarray(engine.step(hypers, batches)) for engine in (well, ill)]
-    outputs = [np.asarray(engine.predict(batches[0])) for engine in (well, ill)]
+        losses = [
+            np.asarray(engine.step(hyper, work.dummy_batch(rows, len(trials))))
+            for engine in (well, ill)
+        ]
+    outputs = [np.asarray(engine.predict(work.dummy_batch(rows))) for engine in (well, ill)]
     assert well.side == 2  # and the third lane by itself
     assert not np.isfinite(losses[1][1]) and not np.isfinite(outputs[1][1]).any()
     for n in (0, 2):

@@ -19,10 +19,10 @@ from lorax.data.tasks.glue import find_folder
 from lorax.errors import LoraxError
 from lorax.lora.paths import leaves_by_path
 from lorax.models import resolve_source
+from lorax.train.batch_stream import BatchStream
 from lorax.train.batched_engine import BatchedEngine
 from lorax.train.dataset import load_dataset
-from lorax.train.loop import collate_alike
-from lorax.train.schedule import lr_factor
+from lorax.train.hyper_stream import HyperStream
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.single_engine import SingleEngine
 from lorax.train.step import init_state
@@ -47,6 +47,12 @@ class Trained:
     losses_alone: np.ndarray
 
 
+def streams(dataset, trials, steps):
+    """What trials that train together get at each step: hypers and batches."""
+    batches = BatchStream(dataset, trials[0].train, [trial.seed for trial in trials])
+    return HyperStream(trials, steps), batches
+
+
 def train(trials, steps, **options):
     """Step a pack, and each of its trials by itself on batches padded for it alone."""
     setups = [prepare(trial) for trial in trials]
@@ -59,28 +65,15 @@ def train(trials, steps, **options):
     first = [pack.trainable(n) for n in range(len(trials))]
     t = trials[0]
     dataset = load_dataset(t)
-    orders = {
-        trial.seed: data.train_batches(
-            len(dataset.train), t.train.batch_size, seed=trial.seed, epoch=0
-        )
-        for trial in trials
-    }
-    factors = [
-        lr_factor(o.schedule, steps, o.warmup_ratio) for o in (trial.optimizer for trial in trials)
-    ]
+    together = streams(dataset, trials, steps)
+    apart = [streams(dataset, [trial], steps) for trial in trials]
     losses, losses_alone = [], []
     for step in range(steps):
-        chosen = {seed: order[step] for seed, order in orders.items()}
-        shared = collate_alike(dataset, chosen, t.train)
-        own = [collate_alike(dataset, {0: chosen[trial.seed]}, t.train)[0] for trial in trials]
-        hypers = [
-            hyper_of(trial, factor(step)) for trial, factor in zip(trials, factors, strict=True)
-        ]
-        losses.append(np.asarray(pack.step(hypers, [shared[trial.seed] for trial in trials])))
+        losses.append(np.asarray(pack.step(*(stream.at(step) for stream in together))))
         losses_alone.append(
             [
-                float(solo.step([hyper], [batch]))
-                for solo, hyper, batch in zip(alone, hypers, own, strict=True)
+                float(solo.step(*(stream.at(step) for stream in own)))
+                for solo, own in zip(alone, apart, strict=True)
             ]
         )
     return Trained(trials, first, pack, alone, np.array(losses), np.array(losses_alone))

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 
-from lorax import data
 from lorax.lora.paths import leaves_by_path
+from lorax.train.batch_stream import BatchStream
 from lorax.train.batched_engine import BatchedEngine
 from lorax.train.dataset import load_dataset
-from lorax.train.loop import collate_alike
-from lorax.train.schedule import lr_factor
+from lorax.train.hyper_stream import HyperStream
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.single_engine import SingleEngine
 from lorax.train.step import init_state
@@ -83,20 +82,11 @@ def grids(draw):
 
 
 def drive(trials, step):
-    """Call `step(hypers, batches)` with what each trial gets in each step; gather the losses."""
+    """Call `step(hyper, batch)` with what each trial gets in each step; gather the losses."""
     first = trials[0]
-    dataset = load_dataset(first)
-    size = first.train.batch_size
-    orders = {t.seed: data.train_batches(len(dataset.train), size, seed=t.seed, epoch=0)
-              for t in trials}  # fmt: skip
-    factors = [lr_factor(t.optimizer.schedule, STEPS, t.optimizer.warmup_ratio) for t in trials]
-    losses = []
-    for n in range(STEPS):
-        chosen = {seed: order[n] for seed, order in orders.items()}
-        batches = collate_alike(dataset, chosen, first.train)
-        hypers = [hyper_of(t, factor(n)) for t, factor in zip(trials, factors, strict=True)]
-        losses.append(np.ravel(step(hypers, [batches[t.seed] for t in trials])))
-    return np.array(losses)
+    batches = BatchStream(load_dataset(first), first.train, [trial.seed for trial in trials])
+    hypers = HyperStream(trials, STEPS)
+    return np.array([np.ravel(step(hypers.at(n), batches.at(n))) for n in range(STEPS)])
 
 
 def starts(trials):

@@ -20,6 +20,7 @@ from lorax.sweep.planner import plan_packs, rank_buckets
 from lorax.sweep.workload import Workload
 from lorax.train.batched_engine import even_share
 from lorax.train.dataset import load_dataset
+from lorax.train.indexed_batch import expand
 from lorax.train.meter import Meter
 from lorax.train.run import Run
 from tests.helpers.world import of
@@ -147,10 +148,11 @@ def test_a_dummy_batch_has_the_shape_of_a_real_one(world):
     dataset, dummy = load_dataset(trial), Workload.of(trial).dummy_batch(rows)
     layout = dataclasses.replace(dataset.layout, rows=(rows,))
     (real,) = data.collate_alike(dataset.train, [np.arange(16)], layout, parts=2)
-    assert {k: (x.shape, x.dtype) for k, x in dummy.items()} == {
+    rows_of_dummy = expand(dummy)
+    assert {k: (x.shape, x.dtype) for k, x in rows_of_dummy.items()} == {
         k: (x.shape, x.dtype) for k, x in real.items()
     }
-    assert dummy["input_ids"].size == cost.tokens_of(trial, rows)
+    assert rows_of_dummy["input_ids"].size == dummy.shape.tokens == Workload.of(trial).tokens(rows)
 
 
 class Machine:

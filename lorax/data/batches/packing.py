@@ -57,7 +57,7 @@ def fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> Rows:
     for n in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[n])
         if length > row_length:
-            raise LoraxError(f"an example of {length} tokens is longer than a row of {row_length}")
+            raise _too_long(length, row_length)
         at = bisect_left(room, (length, 0))
         if at == len(room):
             rows.append([])
@@ -66,6 +66,43 @@ def fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> Rows:
         rows[row].append(n)
         insort(room, (left - length, row))
     return rows
+
+
+def place(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places the examples of many batches at once, each batch as `fit` does.
+
+    Args:
+      lengths: (B, N) tokens an example; 0 for one that a batch lacks.
+      row_length: tokens a row, T.
+
+    Returns:
+      (B, N) int32, the place of each example's first token in its batch's rows laid end to end;
+      and (B,), the rows that each batch takes.
+
+    Raises:
+      LoraxError: an example longer than a row.
+
+    >>> place(np.array([[3, 5, 2, 6]]), row_length=8)
+    (array([[13,  8,  6,  0]], dtype=int32), array([2]))
+    """
+    if lengths.max(initial=0) > row_length:
+        raise _too_long(int(lengths.max()), row_length)
+    batches, count = lengths.shape
+    order = np.argsort(-lengths, axis=1, kind="stable")
+    ordered = np.take_along_axis(lengths, order, axis=1).astype(np.int32)
+    room = np.full((batches, count), row_length, np.int32)  # of each row; unused ones have all
+    starts = np.empty((batches, count), np.int32)
+    every = np.arange(batches)
+    for n in range(count):
+        length = ordered[:, n]
+        row = np.where(room >= length[:, None], room, row_length + 1).argmin(axis=1)
+        starts[every, order[:, n]] = (row + 1) * row_length - room[every, row]
+        room[every, row] -= length
+    return starts, (room < row_length).sum(axis=1)
+
+
+def _too_long(length: int, row_length: int) -> LoraxError:
+    return LoraxError(f"an example of {length} tokens is longer than a row of {row_length}")
 
 
 def choose_layout(
@@ -100,7 +137,7 @@ def choose_layout(
     draws = lengths[np.random.PCG64(0).random_raw((count, size)) % len(lengths)]
 
     def layout_of(row_length: int) -> Layout:
-        needed = [round_up(len(fit(draw, row_length)), multiple) for draw in draws]
+        needed = [round_up(int(n), multiple) for n in place(draws, row_length)[1]]
         edges = cheapest_edges(needed, max_shapes)
         rows = tuple(dict.fromkeys((*edges, round_up(batch_size, multiple))))
         taken = Counter(rows[bisect_left(rows, n)] for n in needed)
