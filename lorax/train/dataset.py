@@ -45,8 +45,10 @@ def load_dataset(config: TrialConfig) -> Dataset:
     """The task in the model's tokens; kept, so that a sweep tokenizes once."""
     train, mesh = config.train, config.sweep.mesh
     content = content_of(config)  # files that have changed are read again
+    source = cache_key(config.task), config.model.source, config.model.revision, content
+    _load_splits(*source)  # splits are kept as long as the datasets that are made of them
     return _load_dataset(
-        (cache_key(config.task), config.model.source, config.model.revision, content),
+        source,
         train.batch_size // train.grad_accum,
         train.max_shapes,
         mesh.data * mesh.fsdp,
@@ -63,7 +65,7 @@ def _load_dataset(source: Any, micro_batch: int, max_shapes: int, multiple: int)
     return Dataset(task, train, dev, layout, multiple, pad_id)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _load_splits(
     task_items: tuple[tuple[str, Any], ...], source: str, revision: str | None, content: Content
 ) -> tuple[data.Task, data.Encoded, dict[str, data.Encoded], int]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lorax.data import Encoded
-from lorax.train.mesh import replicate, spread_rows
+from lorax.train.mesh import on_every_device, replicate, spread_rows
 
 
 class DeviceSplit(NamedTuple):
@@ -129,7 +129,7 @@ def expand(batch: IndexedBatch) -> dict[str, jax.Array]:
         "labels": jnp.where(is_there, split.labels[numbers], 0),
         "weights": is_there.astype(jnp.float32),
     }
-    return spread_rows(expanded, axis=0)
+    return spread_rows(on_every_device(expanded), axis=0)
 
 
 def in_rows(batch: Any) -> dict[str, jax.Array]:

@@ -234,6 +234,13 @@ def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("sharding_constraint", "convert_element_type")
 
 
+def on_every_device(tree: Any) -> Any:
+    """Leaves that each device of a program computes whole, so that none has to be sent."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, REPLICATED), tree)
+
+
 def spread_rows(batch: Any, axis: int) -> Any:
     """Rows along `axis` spread over `data` and `fsdp`: needed after a reshape of rows."""
     if jax.sharding.get_abstract_mesh().empty:

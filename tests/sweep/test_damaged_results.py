@@ -11,7 +11,7 @@ from lorax.runs.results import read_result
 from lorax.runs.trial_id import trial_dir
 from lorax.sweep import run_packed, run_trials
 from lorax.sweep.damaged import without_damaged
-from tests.helpers.world import ROOT
+from tests.helpers.world import ROOT, of
 
 WHOLE = {
     "trial_id": "a",
@@ -92,8 +92,8 @@ def test_damaged_records_leave_out_a_trial_that_goes_on_with_them(world, tmp_pat
         trial_dir(trial).mkdir(parents=True)
         (trial_dir(trial) / "metrics.jsonl").write_text(f"{line}\n")
     (trial_dir(goes_on) / "checkpoints").mkdir()
-    sound, damaged = without_damaged([goes_on, starts_over])
-    assert sound == [starts_over]
+    sound, damaged = without_damaged(of([goes_on, starts_over]))
+    assert sound == [*of([starts_over])]
     (fault,) = damaged.values()
     assert str(fault).startswith(f"{trial_dir(goes_on)}/metrics.jsonl:1 is damaged (")
 

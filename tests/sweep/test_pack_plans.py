@@ -34,7 +34,7 @@ def trials_of(world, root, ranks=(1, 12, 16), **sweep):
 
 
 def ranks_of(packs):
-    return [[trial.lora.rank for trial in one.trials] for one in packs]
+    return [[trial.config.lora.rank for trial in one.trials] for one in packs]
 
 
 def records(root):
@@ -95,7 +95,7 @@ def test_a_plan_that_rests_on_other_limits_is_made_again(world, tmp_path):
 
 
 def ranks_and_seeds(packs):
-    return [[trial.seed for trial in one.trials] for one in packs]
+    return [[trial.config.seed for trial in one.trials] for one in packs]
 
 
 def all_records(root):

@@ -122,7 +122,7 @@ def test_the_base_costs_two_products_of_each_kernel_a_token(world):
 def test_steps_are_those_of_the_loop(world, train):
     trial = world.trial(train={"max_steps": None, **train})
     dataset = load_dataset(trial)
-    lane = Run(Trial.of(trial), None, None, dataset, None, None, meter=Meter())
+    lane = Run(Trial.of(trial), None, dataset, None, None, meter=Meter())
     assert Workload.of(trial).steps == lane.total_steps
 
 
@@ -200,7 +200,7 @@ def flat(lists):
 
 
 def seeds_of(packs):
-    return [[trial.seed for trial in pack.trials] for pack in packs]
+    return [[trial.config.seed for trial in pack.trials] for pack in packs]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def by_rank(world, ranks=RANKS, **lora):
 
 def step_tokens(trial):
     (rows,) = Workload.of(trial).shapes
-    return cost.tokens_of(trial, rows)
+    return Workload.of(trial).tokens(rows)
 
 
 def predicted_seconds(world, base, buckets, probe):
@@ -329,7 +329,7 @@ def test_ranks_are_parted_exactly_as_the_least_time_has_it(world, machine, compi
     probe = Probe(compile_seconds, seconds_per_token=1e-5, adapter_flops=5000.0)
     machine(probe)
     plan = plan_packs(of(by_rank(world)))
-    assert [[t.lora.rank for t in pack.trials] for pack in plan] == ranks
+    assert [[t.config.lora.rank for t in pack.trials] for pack in plan] == ranks
     base = Workload.of(world.trial()).base_flops
     ours = predicted_seconds(world, base, seeds_of(plan), probe)
     ways = partitions(range(len(RANKS)))

@@ -18,6 +18,7 @@ from lorax.launch.settings import SYNONYMS, all_settings, setting_names, setting
 from lorax.runs.trial_id import trial_id
 from lorax.sweep.summary import closing_lines
 from lorax.train.run_trial import progress_bar
+from tests.helpers.world import of
 
 
 def test_every_setting_says_what_it_is():
@@ -114,7 +115,7 @@ def test_a_long_name_leaves_the_score_in_the_bar(monkeypatch):
     trial.lora.targets = ["query", "value", "dense", "intermediate"]
     assert len(trial_id(trial)) > 40
     loop = types.SimpleNamespace(total_steps=12_000, step=0)
-    with progress_bar([trial], loop) as bar:
+    with progress_bar(of([trial]), loop) as bar:
         assert "0/12000, compiling [" in tqdm.format_meter(**{**bar.format_dict, "ncols": 80})
         bar.set_postfix({"loss": "0.693", "best accuracy": "0.812"})
         line = tqdm.format_meter(**{**bar.format_dict, "ncols": 80})

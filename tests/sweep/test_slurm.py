@@ -46,7 +46,7 @@ def test_a_job_that_fails_is_a_line_and_leaves_the_others_alone(world, tmp_path,
     first = world.finetune(*world.overrides(tmp_path, *words), **slurm)
     assert first.returncode == 2
     assert first.stderr == (
-        "error: 1 of 2 jobs failed and left 1 trial; the same command goes on with them\n"
+        "error: 1 of 2 jobs failed and left 1 trial; the same command resumes them\n"
     )
     (line,) = [line for line in first.stdout.splitlines() if line.startswith("job 1 of 2")]
     assert line.startswith("job 1 of 2, 1 trial: failed, cannot write ") and "config.json" in line

@@ -55,7 +55,7 @@ def test_a_stopped_trial_has_saved_its_step_and_goes_on_to_the_bit(world, tmp_pa
     assert 5 <= saved < 50 and lines(trial) == saved  # no step is done beyond what is saved
     word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
     assert str(stopped.value) == (
-        f"{word} at step {saved} of 60, which is saved; the same command goes on from there"
+        f"{word} at step {saved} of 60, which is saved; the same command resumes from there"
     )
     run_trial(trial)
     assert outcome(trial) == whole

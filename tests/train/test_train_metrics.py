@@ -4,8 +4,7 @@ import scipy.stats
 import sklearn.metrics
 
 from lorax.errors import LoraxError
-from lorax.runs.trial import METRICS
-from lorax.train.metrics import evaluate, is_constant
+from lorax.train.metrics import METRICS, evaluate, is_constant
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 2, 80)

@@ -9,8 +9,10 @@ import time
 
 import pytest
 
+from lorax.config import SweepConfig, TrackingConfig, TrialConfig
 from lorax.errors import LoraxError
 from lorax.runs import trackers as tracking
+from lorax.runs.trial import Trial
 from lorax.runs.trial_id import trial_dir, trial_id
 from lorax.runtime import stop
 from lorax.sweep import run_packed, run_trials
@@ -143,12 +145,17 @@ def test_no_fault_of_tracking_costs_a_trial_of_a_pack(world, tmp_path, offline, 
     assert len(list(tmp_path.rglob("offline-run-*"))) == 3  # those that W&B has are left alone
 
 
+def tracked(sweep):
+    """The config of a trial that W&B is told of."""
+    return TrialConfig(tracking=TrackingConfig(kind="wandb"), sweep=SweepConfig(name=sweep))
+
+
 def test_what_a_fault_kept_from_it_is_sent_when_the_trial_goes_on(tmp_path, offline, caplog):
     """The run is ended from outside, so that the client refuses the next record."""
-    trial = {"trial_id": "t", "sweep": {"name": "s" * 200}, "train": {"mode": "lora"}}
-    config = tracking.TrackingConfig(kind="wandb")
+    trial = Trial(tracked(sweep="s" * 200), tmp_path / "t")
+    trial.directory.mkdir()
     lines = [{"kind": "train", "step": step, "loss": step / 2} for step in (1, 2, 3, 4)]
-    both = tracking.open_tracker(config, tmp_path, trial, 0)
+    both = tracking.open_tracker(trial, trial.config, 0)
     both.log(lines[0])
     both.log(lines[1])
     both._trackers[1]._tracker._run.finish()
@@ -158,11 +165,11 @@ def test_what_a_fault_kept_from_it_is_sent_when_the_trial_goes_on(tmp_path, offl
     (warning,) = (r.getMessage() for r in caplog.records if r.name == "lorax.runs.trackers")
     assert "W&B has failed (UsageError: " in warning
 
-    again = tracking.open_tracker(config, tmp_path, trial, 3)  # the last checkpoint's step
+    again = tracking.open_tracker(trial, trial.config, 3)  # the last checkpoint's step
     again.log(lines[3])
     again.close(tracking.INTERRUPTED)
-    assert tracking.read_jsonl(tmp_path / "metrics.jsonl") == lines
-    first, second = map(whole, sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb")))
+    assert tracking.read_jsonl(trial.metrics) == lines
+    first, second = map(whole, sorted(tmp_path.glob("t/wandb/offline-run-*/run-*.wandb")))
     assert (steps(first), steps(second)) == ([1, 2], [3, 4])
     (first_id, second_id) = (
         {r.run.run_id for r in f if r.HasField("run")} for f in (first, second)
@@ -202,13 +209,11 @@ def test_a_server_that_is_not_reached_leaves_the_run_offline(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
     wandb.teardown()
-    trial = {"trial_id": "t", "sweep": {"name": "s"}, "train": {"mode": "lora"}}
     try:
         for name in ("one", "two"):  # the second does not try
-            (tmp_path / name).mkdir()
-            tracker = tracking.open_tracker(
-                tracking.TrackingConfig(kind="wandb"), tmp_path / name, trial, 0
-            )
+            trial = Trial(tracked(sweep="s"), tmp_path / name)
+            trial.directory.mkdir()
+            tracker = tracking.open_tracker(trial, trial.config, 0)
             tracker.log({"kind": "train", "step": 1, "loss": 0.5})
             tracker.close()
     finally:
