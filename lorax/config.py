@@ -156,6 +156,8 @@ class TrainConfig:
       label_smoothing: share of each training target that is spread evenly over all classes, or
         words (Szegedy et al. 2016, arXiv:1512.00567); scores are never smoothed.
       max_shapes: most shapes of packed batches that the step is compiled for.
+      prefix_cache_gib: keep what layers below the lowest trained one compute for each example, if
+        it takes no more than so many GiB of the device's memory; 0 computes it in every step.
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a
         sweep over ranks; exact (the padding never receives a gradient). None: no padding.
       checkpoint_every: optimizer steps between checkpoints, besides one at each evaluation.
@@ -178,6 +180,7 @@ class TrainConfig:
     remat: bool = False
     label_smoothing: float = 0.0
     max_shapes: int = 4
+    prefix_cache_gib: float = 1.0
     pad_rank: int | None = None
     checkpoint_every: int | None = None
     checkpoint_minutes: float | None = 10.0

@@ -19,7 +19,12 @@ CONTEXT = ("task.name", "model.name", *CONTENT.values())
 _BOOKKEEPING = frozenset(
     {
         *("seed", "sweep", "output_dir"),
-        *("train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"),
+        *(
+            "train.checkpoint_every",
+            "train.checkpoint_minutes",
+            "train.keep_checkpoints",
+            "train.prefix_cache_gib",
+        ),
     }
 )
 _BOOKKEEPING_PREFIXES = ("tracking.", "sweep.")

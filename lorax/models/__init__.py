@@ -15,7 +15,7 @@ from lorax.models.families import DECODERS, ENCODERS, FAMILIES, family_of
 from lorax.models.families.bert import BertConfig
 from lorax.models.families.encoder import Encoder
 from lorax.models.families.family import dropout_rates
-from lorax.models.layers.pooling import sum_by_sequence
+from lorax.models.layers.pooling import Prefix, sum_by_sequence
 from lorax.models.layers.quantization import KINDS, Quantized, dequantize, quantize
 from lorax.models.layers.token_loss import smoothed_losses
 from lorax.models.load import check_checkpoint, load_causal_lm, load_model
@@ -30,6 +30,7 @@ __all__ = [
     "Encoder",
     "Head",
     "KVCache",
+    "Prefix",
     "Quantized",
     "SequenceClassifier",
     "abstract_model",

@@ -14,6 +14,7 @@ from lorax.models.families import family_of
 from lorax.models.layers.causal_attention import KVCache
 from lorax.models.layers.dense import Dense
 from lorax.models.layers.maker import Maker
+from lorax.models.layers.pooling import Prefix
 from lorax.models.layers.token_loss import TokenScores, token_scores
 
 __all__ = ["CausalLM", "KVCache"]
@@ -101,6 +102,7 @@ class CausalLM(nnx.Module):
         position_ids_BxT: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
         smoothing: float = 0.0,
+        prefix: Prefix | None = None,
     ) -> TokenScores:
         """How well each token's successor is predicted; the logits of all are never held at once.
 
@@ -111,9 +113,14 @@ class CausalLM(nnx.Module):
           position_ids_BxT: as in a call.
           rngs: as in a call.
           smoothing: share of each target that is spread evenly over all words.
+          prefix: outputs of the decoder's first layers, which are not computed then.
         """
         x_BxTxD = self.decoder(
-            input_ids_BxT, attention_mask_BxT, position_ids_BxT=position_ids_BxT, rngs=rngs
+            input_ids_BxT,
+            attention_mask_BxT,
+            position_ids_BxT=position_ids_BxT,
+            rngs=rngs,
+            prefix=prefix,
         )
         return token_scores(
             self._logits, x_BxTxD, labels_BxT, self.config.vocab_size, smoothing=smoothing

@@ -18,7 +18,7 @@ from lorax.models.families import family_of
 from lorax.models.families.family import Pooler
 from lorax.models.layers.functions import dropout
 from lorax.models.layers.maker import kernel_init
-from lorax.models.layers.pooling import FirstTokens, sum_by_sequence
+from lorax.models.layers.pooling import FirstTokens, Prefix, sum_by_sequence
 
 POOLINGS = ("mean", "cls", "pooler")
 
@@ -58,12 +58,21 @@ class Head(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
         """Maps what it reads of the hidden states to float32 logits of shape (N, C)."""
+        return self.classify(self.pool(x_BxTxD, mask_BxT, places), rngs)
+
+    def pool(
+        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, places: jax.Array | None = None
+    ) -> jax.Array:
+        """What it reads of each sequence, before anything trained or dropped: (N, D) float32."""
+        if self.pooling == "mean":
+            return _mean(x_BxTxD, mask_BxT, places)
+        return x_BxTxD[:, 0].astype(jnp.float32)
+
+    def classify(self, x_NxD: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """Maps what `pool` gives to float32 logits of shape (N, C)."""
         rate = self.config.classifier_dropout
         rate = self.config.hidden_dropout_prob if rate is None else rate
-        if self.pooling == "mean":
-            return self.out(dropout(_mean(x_BxTxD, mask_BxT, places), rate, rngs))
-        x_NxD = x_BxTxD[:, 0].astype(jnp.float32)
-        if self.pooling == "cls":
+        if self.pooling != "pooler":
             return self.out(dropout(x_NxD, rate, rngs))
         pooler = family_of(self.config.model_type).pooler or Pooler()
         if pooler.drops_before:
@@ -128,6 +137,7 @@ class SequenceClassifier(nnx.Module):
         position_ids_BxT: jax.Array | None = None,
         first_tokens_N: jax.Array | None = None,
         rngs: nnx.Rngs | None = None,
+        prefix: Prefix | None = None,
     ) -> jax.Array:
         """Maps a batch to float32 logits of shape (N, C).
 
@@ -140,6 +150,7 @@ class SequenceClassifier(nnx.Module):
           first_tokens_N: where each sequence begins in the rows laid end to end; None: a sequence
             a row.
           rngs: stream `dropout` turns dropout on; None is deterministic.
+          prefix: outputs of the encoder's first layers, which are not computed then.
         """
         if first_tokens_N is not None and nnx.state(self, LoraRows):
             raise LoraxError("adapt_rows: give each sequence a row of its own, not packed rows")
@@ -150,5 +161,28 @@ class SequenceClassifier(nnx.Module):
             position_ids_BxT=position_ids_BxT,
             only=self.head.reads(first_tokens_N),
             rngs=rngs,
+            prefix=prefix,
         )
         return self.head(x_BxTxD, attention_mask_BxT, first_tokens_N, rngs)
+
+    def features(
+        self,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        token_type_ids_BxT: jax.Array | None = None,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+        first_tokens_N: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head reads of each sequence, without dropout, (N, D) float32; see `Head.pool`.
+
+        The arguments are those of a call.
+        """
+        x_BxTxD = self.encoder(
+            input_ids_BxT,
+            attention_mask_BxT,
+            token_type_ids_BxT,
+            position_ids_BxT=position_ids_BxT,
+            only=self.head.reads(first_tokens_N),
+        )
+        return self.head.pool(x_BxTxD, attention_mask_BxT, first_tokens_N)

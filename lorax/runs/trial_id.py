@@ -12,7 +12,7 @@ from lorax.config import ADDED, CONTENT, TrialConfig
 from lorax.effective import effective
 
 ELSEWHERE = ("tracking", "sweep", "output_dir")
-NEVER_COUNT = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints")
+NEVER_COUNT = ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "prefix_cache_gib")
 Settings = dict[str, Any]
 
 

@@ -5,15 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lorax.config import TrialConfig
 from lorax.runtime.compiler import StepCost, compile_cost
 from lorax.runtime.memory import device_memory, free_host_memory
 from lorax.sweep.workload import Workload
 from lorax.train.batched_engine import BatchedEngine, mesh_of
 from lorax.train.hyper_stream import HyperStream
+from lorax.train.indexed_batch import DeviceSplit
 from lorax.train.optimizer import Hyper
-from lorax.train.setup import hyper_of, prepare
-from lorax.train.step import Frozen, State, init_state, train_step
+from lorax.train.prefix import FrozenPrefix
+from lorax.train.setup import Setup, hyper_of, prepare
+from lorax.train.step import Frozen, Program, State, init_state, train_step
 
 GIB = 2**30
 SPARE = 0.9  # of the memory that is free: the rest is for what XLA does not count
@@ -68,8 +72,12 @@ def measure_probe(work: Workload) -> Probe:
     rows = max(work.shapes, key=lambda rows: work.shapes[rows])
     mesh = mesh_of(work.config)
     lanes = mesh.shape["trial"] if mesh else 1
-    engine = _engine([work.config] * lanes, tokens_at_once=0, lanes=1)
-    step = HyperStream([work.config] * lanes, work.steps).at(0), work.dummy_batch(rows, lanes, mesh)
+    engine, setup = _engine([work.config] * lanes, tokens_at_once=0, lanes=1)
+    split = _split(work, setup, engine.program, mesh)
+    step = (
+        HyperStream([work.config] * lanes, work.steps).at(0),
+        work.dummy_batch(rows, lanes, split),
+    )
     cost, _ = engine.compile(*step, is_trained=False)
     seconds = []
     for _ in range(3):
@@ -88,9 +96,10 @@ def pack_memory(
 
     The program is compiled, and not run; training finds it in the cache.
     """
-    engine = _engine(trials, tokens_at_once=tokens_at_once, lanes=lanes)
+    engine, setup = _engine(trials, tokens_at_once=tokens_at_once, lanes=lanes)
     work = Workload.of(trials[0])
-    batch = work.dummy_batch(max(work.shapes), len(trials), engine.mesh)
+    split = _split(work, setup, engine.program, engine.mesh)
+    batch = work.dummy_batch(max(work.shapes), len(trials), split)
     hyper = HyperStream(trials, work.steps).at(0)
     cost, _ = engine.compile(hyper, batch, is_trained=False)
     return cost.memory_bytes, engine.side
@@ -98,21 +107,30 @@ def pack_memory(
 
 def _engine(
     trials: Sequence[TrialConfig], *, tokens_at_once: int, lanes: int | None
-) -> BatchedEngine:
-    """An engine that is not trained with: trials of one shape start from the same numbers."""
+) -> tuple[BatchedEngine, Setup]:
+    """An engine that is not trained with, and a trial's setup.
+
+    Trials of one shape start from the same numbers.
+    """
     setups = {_adapter_key(trial): prepare(trial) for trial in trials}
     states = {
         key: init_state(setup.trainable, hyper_of(trials[0]), setup.dropout_key)
         for key, setup in setups.items()
     }
     keys = [_adapter_key(trial) for trial in trials]
-    return BatchedEngine(
+    engine = BatchedEngine(
         [setups[key] for key in keys],
         [states[key] for key in keys],
         tokens_at_once=tokens_at_once,
         lanes=lanes,
         mesh=mesh_of(trials[0]),
     )
+    return engine, setups[keys[0]]
+
+
+def _split(work: Workload, setup: Setup, program: Program, mesh: Mesh | None = None) -> DeviceSplit:
+    prefix = FrozenPrefix(program, setup, work.config, work.dataset, mesh)
+    return prefix.split(work.dataset.train)
 
 
 def trial_memory(trial: TrialConfig) -> int:
@@ -125,7 +143,8 @@ def largest_step(trial: TrialConfig) -> tuple[StepCost, tuple[State, Frozen, Hyp
     setup, hyper = prepare(trial), hyper_of(trial)
     state = init_state(setup.trainable, hyper, setup.dropout_key)
     work = Workload.of(trial)
-    batch = work.dummy_batch(max(work.shapes))
+    split = _split(work, setup, setup.program)
+    batch = work.dummy_batch(max(work.shapes), split=split)
     parts = state, setup.frozen, hyper, batch
     cost, _ = compile_cost(
         train_step,

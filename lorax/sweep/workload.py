@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jax.sharding import Mesh
 
 from lorax import data
 from lorax.config import TrialConfig
 from lorax.lora.paths import leaves_by_path
 from lorax.train.dataset import Dataset, epoch_steps, load_dataset, total_steps
-from lorax.train.indexed_batch import BatchShape, IndexedBatch, device_split
+from lorax.train.indexed_batch import BatchShape, DeviceSplit, IndexedBatch, device_split
 from lorax.train.setup import frozen_shapes
 
 
@@ -85,14 +84,14 @@ class Workload:
         return 4.0 * sum(leaf.size for leaf in products)
 
     def dummy_batch(
-        self, rows: int, lanes: int | None = None, mesh: Mesh | None = None
+        self, rows: int, lanes: int | None = None, split: DeviceSplit | None = None
     ) -> IndexedBatch:
         """A batch whose micro-batches have so many rows, each with the shortest example.
 
         Args:
           rows: of a micro-batch.
           lanes: K, of a batch for each lane; None: without an axis for them.
-          mesh: where it is computed; None is one device.
+          split: the training split on the device; None puts it there.
         """
         train, layout = self.dataset.train, self.dataset.layout
         parts, count = self.config.train.grad_accum, min(rows, layout.examples)
@@ -103,7 +102,7 @@ class Workload:
         axes = () if lanes is None else (lanes,)
         shape = BatchShape(parts, rows, layout.row_length, self.dataset.pad_id)
         return IndexedBatch(
-            device_split(train, mesh),
+            split or device_split(train),
             np.broadcast_to(examples.ravel(), (*axes, examples.size)),
             np.broadcast_to(starts.ravel(), (*axes, starts.size)),
             shape,

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jax.sharding import Mesh
 
 from lorax import data
 from lorax.config import TrainConfig
 from lorax.train.dataset import Dataset
-from lorax.train.indexed_batch import BatchShape, IndexedBatch, device_split
+from lorax.train.indexed_batch import BatchShape, DeviceSplit, IndexedBatch, device_split
 
 BLOCK = 64  # steps that are planned together
 
@@ -34,16 +33,20 @@ class BatchStream:
       dataset: of the runs.
       train: batch size and micro-batches, the same for all runs.
       seeds: of the runs, K in number.
-      mesh: where they train; None is one device.
+      split: the training split on the device; None puts it there.
     """
 
     def __init__(
-        self, dataset: Dataset, train: TrainConfig, seeds: Sequence[int], mesh: Mesh | None = None
+        self,
+        dataset: Dataset,
+        train: TrainConfig,
+        seeds: Sequence[int],
+        split: DeviceSplit | None = None,
     ):
         self._dataset, self._train = dataset, train
         self._seeds = list(dict.fromkeys(seeds))
         self._of_run = np.asarray([self._seeds.index(seed) for seed in seeds])
-        self._split = device_split(dataset.train, mesh)
+        self._split = split or device_split(dataset.train)
         self._steps = -(-len(dataset.train) // train.batch_size)  # an epoch
         self._orders: tuple[int, list[list[np.ndarray]]] | None = None
         self._block: _Block | None = None

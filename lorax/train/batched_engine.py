@@ -56,7 +56,9 @@ class BatchedEngine:
         lanes: int | None = None,
         mesh: Mesh | None = None,
     ):
-        self.program, self.mesh, self.side = setups[0].program, mesh, 1
+        frozen_layers = min(setup.program.frozen_layers for setup in setups)
+        self.program = dataclasses.replace(setups[0].program, frozen_layers=frozen_layers)
+        self.mesh, self.side = mesh, 1
         self.tokens_at_once, self.lanes = tokens_at_once, lanes
         self._shapes = [jax.tree.map(_shape, state) for state in states]
         self._programs: dict[tuple[int, ...], tuple[StepCost, Any, int]] = {}

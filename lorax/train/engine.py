@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from lorax.runtime.compiler import StepCost
 from lorax.train.optimizer import Hyper
+from lorax.train.step import Program
 
 
 class Engine(Protocol):
@@ -16,9 +17,11 @@ class Engine(Protocol):
     Batches are `IndexedBatch`es, or dicts as of `lorax.data.collate`.
 
     Attributes:
-      mesh: where the runs train; None is one device.
+      program: what the runs have in common.
+      mesh: where they train; None is one device.
     """
 
+    program: Program
     mesh: Mesh | None
 
     def compile(self, hyper: Hyper, batch: Any) -> tuple[StepCost, bool]:

@@ -1,15 +1,14 @@
 """Predictions on whole splits, and their metrics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
 from lorax import data
 from lorax.train.dataset import Dataset
-from lorax.train.indexed_batch import BatchShape, IndexedBatch, device_split
+from lorax.train.indexed_batch import BatchShape, DeviceSplit, IndexedBatch, device_split
 from lorax.train.metrics import evaluate
 from lorax.train.setup import Setup
 from lorax.train.step import example_losses, predict
@@ -22,7 +21,7 @@ def predict_split(
     dataset: Dataset,
     encoded: data.Encoded,
     batch_size: int,
-    mesh: Mesh | None = None,
+    split: DeviceSplit | None = None,
 ) -> np.ndarray:
     """Outputs for a whole split in its order: (..., n, outputs).
 
@@ -31,23 +30,38 @@ def predict_split(
       dataset: its row length and padding.
       encoded: the split.
       batch_size: examples a forward pass, on average.
-      mesh: where `forward` computes; None is one device.
+      split: the split on the device; None puts it there.
     """
-    batches = _batches(encoded, batch_size, dataset, mesh)
+    batches = list(batches_of(encoded, batch_size, dataset, split or device_split(encoded)))
     outputs = [forward(batch)[..., : len(indices), :] for indices, batch in batches]
     order = np.argsort(np.concatenate([indices for indices, _ in batches]), kind="stable")
     return np.concatenate(outputs, axis=-2)[..., order, :]
 
 
+def batches_of(
+    encoded: data.Encoded, batch_size: int, dataset: Dataset, split: DeviceSplit
+) -> Iterator[tuple[np.ndarray, IndexedBatch]]:
+    """The batches of an evaluation, with the examples that each holds.
+
+    Args:
+      encoded: the split.
+      batch_size: examples a batch, on average.
+      dataset: its row length and padding.
+      split: the split on the device.
+    """
+    row_length, multiple = dataset.layout.row_length, dataset.multiple
+    rows, planned = _planned(encoded, batch_size, row_length, multiple)
+    shape = BatchShape(1, rows, row_length, dataset.pad_id)
+    for indices, examples, starts in planned:
+        yield indices, IndexedBatch(split, examples, starts, shape)
+
+
 @lru_cache(maxsize=16)
-def _batches(
-    encoded: data.Encoded, batch_size: int, dataset: Dataset, mesh: Mesh | None
-) -> list[tuple[np.ndarray, IndexedBatch]]:
-    """The batches of an evaluation, and the examples that each holds."""
-    row_length = dataset.layout.row_length
-    layout, batches = data.eval_plan(encoded, batch_size, row_length, dataset.multiple)
-    split = device_split(encoded, mesh)
-    shape = BatchShape(1, layout.rows[0], row_length, dataset.pad_id)
+def _planned(
+    encoded: data.Encoded, batch_size: int, row_length: int, multiple: int
+) -> tuple[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """Rows of all batches, and of each (its examples, the same filled up with -1, their starts)."""
+    layout, batches = data.eval_plan(encoded, batch_size, row_length, multiple)
     found = []
     for indices, placed in batches:
         examples = np.full(layout.examples, -1, np.int32)
@@ -56,8 +70,8 @@ def _batches(
         for row, members in enumerate(placed):
             ends = np.cumsum(encoded.lengths[indices[members]])
             starts[members] = row * row_length + ends - encoded.lengths[indices[members]]
-        found.append((indices, IndexedBatch(split, examples, starts, shape)))
-    return found
+        found.append((indices, examples, starts))
+    return layout.rows[0], found
 
 
 def score(dataset: Dataset, outputs: Mapping[str, np.ndarray]) -> dict[str, float]:

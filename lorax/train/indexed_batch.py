@@ -27,12 +27,16 @@ class DeviceSplit(NamedTuple):
       token_types: (tokens,) uint8.
       offsets: (examples + 1,) int32: where each example starts, and the end.
       labels: (examples,).
+      hidden: (tokens, width), what frozen layers make of them; see `lorax.train.prefix`.
+      features: (examples, width), what a head reads of them; likewise.
     """
 
     token_ids: Any
     token_types: Any
     offsets: Any
     labels: Any
+    hidden: Any = None
+    features: Any = None
 
 
 class BatchShape(NamedTuple):
@@ -96,7 +100,10 @@ def device_split(encoded: Encoded, mesh: Mesh | None = None) -> DeviceSplit:
 
 
 def expand(batch: IndexedBatch) -> dict[str, jax.Array]:
-    """The batch in rows, with the keys, shapes and values of `lorax.data.collate`."""
+    """The batch in rows, with the keys, shapes and values of `lorax.data.collate`.
+
+    And `hidden` (P * R, T, width), or `features` (P * N, width), if the split has them.
+    """
     parts, rows, row_length, pad_id = batch.shape
     split = batch.split
     is_there = batch.examples >= 0
@@ -129,6 +136,11 @@ def expand(batch: IndexedBatch) -> dict[str, jax.Array]:
         "labels": jnp.where(is_there, split.labels[numbers], 0),
         "weights": is_there.astype(jnp.float32),
     }
+    if split.hidden is not None:
+        given = jnp.where(is_token[..., None], split.hidden[sources], 0)
+        expanded["hidden"] = given.reshape(parts * rows, row_length, -1)
+    if split.features is not None:
+        expanded["features"] = jnp.where(is_there[:, None], split.features[numbers], 0)
     return spread_rows(on_every_device(expanded), axis=0)
 
 

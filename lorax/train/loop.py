@@ -15,6 +15,7 @@ from lorax.train.engine import Engine
 from lorax.train.evaluation import predict_split, score
 from lorax.train.hyper_stream import HyperStream
 from lorax.train.metrics import is_constant
+from lorax.train.prefix import FrozenPrefix
 from lorax.train.run import Run
 
 AT_THE_START = "before the first step of training: nothing is lost"
@@ -70,7 +71,10 @@ class Loop:
         configs = [run.config for run in runs]
         seeds = [config.seed for config in configs]
         self.runs = list(runs)
-        self._batches = BatchStream(self.dataset, self.train, seeds, self.engine.mesh)
+        engine, setup = self.engine, runs[0].setup
+        self._prefix = FrozenPrefix(engine.program, setup, configs[0], self.dataset, engine.mesh)
+        split = self._prefix.split(self.dataset.train)
+        self._batches = BatchStream(self.dataset, self.train, seeds, split)
         self._hypers = HyperStream(configs, self.total_steps)
         self._log_every = np.asarray([config.train.log_every for config in configs])
         self._losses = np.full(len(runs), np.nan, np.float32)  # of the step that was read last
@@ -187,9 +191,9 @@ class Loop:
         self.end_runs()
 
     def _evaluate(self) -> None:
-        size, mesh = self.train.eval_batch_size, self.engine.mesh
+        predict, size = self.engine.predict, self.train.eval_batch_size
         outputs = {
-            name: predict_split(self.engine.predict, self.dataset, encoded, size, mesh)
+            name: predict_split(predict, self.dataset, encoded, size, self._prefix.split(encoded))
             for name, encoded in self.dataset.dev.items()
         }
         for n, run in enumerate(self.runs):

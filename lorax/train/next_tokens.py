@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lorax.models import sum_by_sequence
+from lorax.models import Prefix, sum_by_sequence
 
 COLUMNS = ("loss", "tokens", "hits")
 
@@ -33,7 +33,11 @@ def next_tokens(
 
 
 def score_examples(
-    model: Any, batch: dict[str, jax.Array], rngs: nnx.Rngs | None, smoothing: float = 0.0
+    model: Any,
+    batch: dict[str, jax.Array],
+    rngs: nnx.Rngs | None,
+    smoothing: float = 0.0,
+    prefix: Prefix | None = None,
 ) -> jax.Array:
     """Of each example (summed loss in nats, target tokens, hits): (N, 3).
 
@@ -43,6 +47,7 @@ def score_examples(
         `token_type_ids` mark the tokens that are to be predicted.
       rngs: stream `dropout` turns dropout on.
       smoothing: of the targets.
+      prefix: see `CausalLM.score`.
     """
     count = batch["weights"].shape[0]
     numbers_BxT = batch.get("segment_ids")
@@ -57,6 +62,7 @@ def score_examples(
         position_ids_BxT=batch.get("position_ids"),
         rngs=rngs,
         smoothing=smoothing,
+        prefix=prefix,
     )
     weights_BxT = is_target_BxT.astype(jnp.float32)
     columns = (scores.losses * weights_BxT, weights_BxT, scores.hits * weights_BxT)

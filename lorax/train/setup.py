@@ -1,6 +1,8 @@
 """From a trial's config to its arrays: data, model, adapter, and what is trained."""
 
 import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,13 +41,14 @@ from lorax.train.validate import check_config
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 HEAD = "head"
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class Setup:
     """A trial ready to run: `trainable` and `frozen` are the two sides of the split.
 
-    `content` says what it is trained on.
+    `content` says what it is trained on, `width` how wide hidden states are.
     """
 
     program: Program
@@ -55,6 +58,7 @@ class Setup:
     counts: Counts
     dropout_key: jax.Array
     content: Content
+    width: int
 
 
 def spec_of(lora: LoraConfig, modules_to_save: tuple[str, ...] = (HEAD,)) -> LoraSpec:
@@ -225,9 +229,40 @@ def prepare(config: TrialConfig) -> Setup:
         grad_accum=train.grad_accum,
         label_smoothing=train.label_smoothing,
         saves_memory=train.remat or train.base_dtype in KINDS,
+        frozen_layers=_frozen_layers(mode, model.config, lora),
+        reads_features=mode == "head",
     )
     counts = _counts(shapes, adapter_params, mode)
-    return Setup(program, trainable, Frozen(frozen, scales), spec, counts, dropout_key, content)
+    width = model.config.hidden_size
+    return Setup(
+        program, trainable, Frozen(frozen, scales), spec, counts, dropout_key, content, width
+    )
+
+
+def _frozen_layers(mode: str, config: Any, lora: Mapping[str, Any]) -> int:
+    """How many of the first layers compute the same in every step; all of them in mode `head`."""
+    rates = {name: rate for name, rate in dropout_rates(config).items() if "classifier" not in name}
+    if mode == "full" or any(rates.values()):
+        return 0
+    return lowest_trained_layer(list(lora), config.num_hidden_layers)
+
+
+def lowest_trained_layer(paths: Sequence[str], layers: int) -> int:
+    """The first layer with a trained part, given the paths of adapted kernels; `layers` for none.
+
+    What is before the layers counts as layer 0, an output layer as one above the last.
+
+    >>> lowest_trained_layer(["encoder.layers.7.attention.query.kernel"], layers=12)
+    7
+    >>> lowest_trained_layer(["encoder.embeddings.word.embedding"], layers=12)
+    0
+    """
+
+    def layer_of(path: str) -> int:
+        found = LAYER.search(path)
+        return int(found[1]) if found else layers if path.startswith("lm_head.") else 0
+
+    return min((layer_of(path) for path in paths), default=layers)
 
 
 def _counts(base: dict[str, Any], adapter: int, mode: str) -> Counts:

@@ -24,7 +24,7 @@ class SingleEngine:
     mesh: Mesh | None = None
 
     def __init__(self, setup: Setup, state: State):
-        self.setup = setup
+        self.setup, self.program = setup, setup.program
         # The step donates its state, and the frozen side may share arrays with it.
         self.state: State = jax.tree.map(lambda x: jax.numpy.array(x, copy=True), state)
         self._programs: dict[tuple[int, int], tuple[StepCost, Any]] = {}
@@ -34,7 +34,7 @@ class SingleEngine:
         shape = shape_of(batch)
         is_new = shape not in self._programs
         if is_new:
-            program = self.setup.program
+            program = self.program
             self._programs[shape] = compile_cost(
                 train_step,
                 program,

@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from lorax.lora import adapt, combine
-from lorax.models import smoothed_losses
+from lorax.models import Prefix, smoothed_losses
 from lorax.train import optimizer
 from lorax.train.indexed_batch import IndexedBatch, in_rows
 from lorax.train.mesh import gather, regather, spread_rows
@@ -38,6 +38,8 @@ class Program:
       grad_accum: micro-batches a step.
       label_smoothing: of the training targets.
       saves_memory: layers or their weights are computed again in the backward pass.
+      frozen_layers: so many first layers compute the same in every step; see `lorax.train.prefix`.
+      reads_features: all layers do, and a head reads one vector an example.
     """
 
     graphdef: Any
@@ -47,6 +49,8 @@ class Program:
     grad_accum: int = 1
     label_smoothing: float = 0.0
     saves_memory: bool = False
+    frozen_layers: int = 0
+    reads_features: bool = False
 
 
 class State(NamedTuple):
@@ -92,8 +96,11 @@ def forward(
     model: Any = nnx.merge(program.graphdef, params["base"])
     model = adapt(model, params["lora"], frozen.scales, dropout=program.lora_dropout, key=key)
     rngs = nnx.Rngs(key) if key is not None and program.model_dropout else None
+    if "features" in batch:
+        return model.head.classify(batch["features"], rngs)
+    prefix = Prefix(program.frozen_layers, batch["hidden"]) if "hidden" in batch else None
     if program.kind == "causal_lm":
-        return score_examples(model, batch, rngs, smoothing)
+        return score_examples(model, batch, rngs, smoothing, prefix)
     return model(
         batch["input_ids"],
         batch["segment_ids"] if "segment_ids" in batch else batch["attention_mask"],
@@ -101,6 +108,7 @@ def forward(
         position_ids_BxT=batch.get("position_ids"),
         first_tokens_N=batch.get("first_tokens"),
         rngs=rngs,
+        prefix=prefix,
     )
 
 
@@ -180,3 +188,27 @@ def train_step(
 def predict(program: Program, trainable: Any, frozen: Frozen, batch: AnyBatch) -> jax.Array:
     """Model outputs (B, outputs) without dropout: the same forward as training's."""
     return forward(program, trainable, frozen, in_rows(batch))
+
+
+@partial(jax.jit, static_argnames="program")
+def prefix_outputs(program: Program, trainable: Any, frozen: Frozen, batch: AnyBatch) -> jax.Array:
+    """What the program's frozen layers compute, without dropout.
+
+    Returns:
+      (rows, T, width), the outputs of the last of them; or the features that a head reads,
+      (N, width) float32, if `program.reads_features`.
+    """
+    rows = in_rows(batch)
+    model: Any = nnx.merge(program.graphdef, combine(trainable, frozen.params)["base"])
+    ids, segments, types = rows["input_ids"], rows["segment_ids"], rows["token_type_ids"]
+    positions = rows["position_ids"]
+    if program.reads_features:
+        first = rows["first_tokens"]
+        return model.features(
+            ids, segments, types, position_ids_BxT=positions, first_tokens_N=first
+        )
+    count = program.frozen_layers
+    if program.kind == "causal_lm":
+        return model.decoder.first_layers(count, ids, segments, position_ids_BxT=positions).outputs
+    found = model.encoder.first_layers(count, ids, segments, types, position_ids_BxT=positions)
+    return found.outputs

@@ -35,6 +35,8 @@ def check_config(config: TrialConfig) -> None:
         _at_least_one(f"train.{name}", getattr(train, name))
     for name in ("max_steps", "pad_rank", "checkpoint_every", "eval_every", "early_stopping"):
         _at_least_one(f"train.{name}", getattr(train, name), optional=True)
+    if not 0 <= train.prefix_cache_gib < math.inf:
+        raise LoraxError(f"train.prefix_cache_gib={train.prefix_cache_gib} is negative")
     _positive("train.checkpoint_minutes", train.checkpoint_minutes, optional=True)
     for name in ("max_train_samples", "max_dev_samples"):
         _at_least_one(f"task.{name}", getattr(config.task, name), optional=True)

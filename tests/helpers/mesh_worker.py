@@ -31,6 +31,7 @@ from lorax.train.batch_stream import BatchStream
 from lorax.train.batched_engine import BatchedEngine
 from lorax.train.dataset import load_dataset
 from lorax.train.hyper_stream import HyperStream
+from lorax.train.indexed_batch import device_split
 from lorax.train.mesh import AXES, make_mesh
 from lorax.train.setup import hyper_of, prepare
 from lorax.train.step import init_state
@@ -67,7 +68,9 @@ def steps_of(configs, mesh):
     """Each step's hyper and batch, as the loop gives them."""
     whole_rows = replace(configs[0], sweep=SweepConfig(mesh=MeshConfig(fsdp=8)))  # on any mesh
     seeds = [config.seed for config in configs]
-    batches = BatchStream(load_dataset(whole_rows), configs[0].train, seeds, mesh)
+    dataset = load_dataset(whole_rows)
+    split = device_split(dataset.train, mesh)
+    batches = BatchStream(dataset, configs[0].train, seeds, split)
     hypers = HyperStream(configs, STEPS)
     return [(hypers.at(step), batches.at(step)) for step in range(STEPS)]
 

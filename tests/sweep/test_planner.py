@@ -360,7 +360,7 @@ def test_predicted_times_follow_from_the_measured_step(world, machine):
     per_step = 5 * step_tokens(world.trial()) * 1e-5
     assert pack.predicted["seconds_per_step"] == pytest.approx(per_step)
     assert pack.predicted["compile_seconds"] == pytest.approx(3.0)
-    tokens = cost.evaluation_tokens(world.trial())
+    tokens = Workload.of(world.trial()).evaluation_tokens
     assert 50 * 3 < tokens < 50 * 16  # a dev split of 50 examples, packed; one evaluation
     evaluation = 5 * tokens * 1e-5 / 2
     assert pack.predicted["seconds"] == pytest.approx(4 * per_step + evaluation + 3.0)

@@ -343,7 +343,7 @@ class Encoder(encoder.Encoder):
     ) -> jax.Array:
         """All of some layers in turn, the convolution beside the first one."""
         run = super().run_layers
-        if not self.config.conv_kernel_size:
+        if not self.config.conv_kernel_size or layers[0] is not self.layers[0]:
             return run(layers, x_BxTxD, mask_BxT, relation, rngs=rngs, only=only)
         first, *rest = layers  # the convolution reads all of its tokens
         y_BxTxD = run([first], x_BxTxD, mask_BxT, relation, rngs=rngs)

@@ -14,6 +14,7 @@ from lorax.models.layers.attention import check_attention
 from lorax.models.layers.causal_attention import KVCache, Past, columns, count_positions, grown
 from lorax.models.layers.embeddings import WordTable
 from lorax.models.layers.maker import Maker, kernel_init
+from lorax.models.layers.pooling import Prefix
 
 
 class Decoder(nnx.Module):
@@ -88,6 +89,7 @@ class Decoder(nnx.Module):
         position_ids_BxT: jax.Array | None = None,
         cache: KVCache | None = None,
         rngs: nnx.Rngs | None = None,
+        prefix: Prefix | None = None,
     ) -> Any:
         """Decodes a batch, a sequence a row, or several.
 
@@ -100,6 +102,7 @@ class Decoder(nnx.Module):
             row are counted, those in the cache included.
           cache: of the columns before; T more are written to it.
           rngs: stream `dropout` turns dropout on; None is deterministic.
+          prefix: outputs of the first layers, which are not computed then; not with a cache.
 
         Returns:
           Hidden states of shape (B, T, D) in the compute dtype; with a cache, (states, cache).
@@ -112,15 +115,49 @@ class Decoder(nnx.Module):
         if position_ids_BxT is None:
             position_ids_BxT = self.count_positions(attention_mask_BxT, cache)
         positions_BxT = jnp.asarray(position_ids_BxT)
-        x_BxTxD = self.embed(jnp.asarray(input_ids_BxT), positions_BxT, rngs)
+        if prefix is None:
+            x_BxTxD = self.embed(jnp.asarray(input_ids_BxT), positions_BxT, rngs)
+            numbers = range(len(self.layers))
+        else:
+            x_BxTxD, numbers = prefix.outputs, range(prefix.layers, len(self.layers))
+        x_BxTxD, pasts = self._run_layers(
+            numbers, x_BxTxD, seen, positions_BxT, cache=cache, rngs=rngs
+        )
+        x_BxTxD = self.norm(x_BxTxD)
+        return x_BxTxD if cache is None else (x_BxTxD, grown(pasts, seen))
+
+    def first_layers(
+        self,
+        count: int,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        *,
+        position_ids_BxT: jax.Array,
+    ) -> Prefix:
+        """The outputs of the first `count` layers, one or more, without dropout."""
+        seen = columns(attention_mask_BxT, None)
+        x_BxTxD = self.embed(input_ids_BxT, position_ids_BxT, None)
+        x_BxTxD, _ = self._run_layers(range(count), x_BxTxD, seen, position_ids_BxT)
+        return Prefix(count, x_BxTxD)
+
+    def _run_layers(
+        self,
+        numbers: range,
+        x_BxTxD: jax.Array,
+        seen: Any,
+        positions_BxT: jax.Array,
+        *,
+        cache: KVCache | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> tuple[jax.Array, list[Past]]:
         rotation = self.rotation(positions_BxT, seen.query)
         masks = {window: seen.may_attend(window) for window in set(self.config.windows)}
         call = type(self.layers[0]).__call__
         call = nnx.remat(call) if self.remat else call
         pasts: list[Past] = []
-        for n, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
+        for n in numbers:
             past = None if cache is None else Past(cache.keys[n], cache.values[n], cache.next)
-            x_BxTxD, past = call(layer, x_BxTxD, masks[window], rotation, past, rngs)
+            mask = masks[self.config.windows[n]]
+            x_BxTxD, past = call(self.layers[n], x_BxTxD, mask, rotation, past, rngs)
             pasts += [] if past is None else [past]
-        x_BxTxD = self.norm(x_BxTxD)
-        return x_BxTxD if cache is None else (x_BxTxD, grown(pasts, seen))
+        return x_BxTxD, pasts

@@ -16,7 +16,7 @@ from lorax.models.layers.embeddings import check_length
 from lorax.models.layers.functions import dropout
 from lorax.models.layers.maker import Maker
 from lorax.models.layers.mlp import PostNormMlp
-from lorax.models.layers.pooling import FirstTokens
+from lorax.models.layers.pooling import FirstTokens, Prefix
 
 
 class Embeddings(nnx.Module):
@@ -255,6 +255,7 @@ class Encoder(nnx.Module):
         position_ids_BxT: jax.Array | None = None,
         only: FirstTokens | None = None,
         rngs: nnx.Rngs | None = None,
+        prefix: Prefix | None = None,
     ) -> jax.Array:
         """Encodes a batch, a sequence a row, or several.
 
@@ -267,6 +268,7 @@ class Encoder(nnx.Module):
           position_ids_BxT: int positions in each sequence, from 0; None: a sequence a row.
           only: what is read of the last layer, if not all: it computes no more than that.
           rngs: stream `dropout` turns dropout on; None is deterministic.
+          prefix: outputs of the first layers, which are not computed then.
 
         Returns:
           Hidden states of shape (B, T, D), or (N, 1, D) for `only`, in the compute dtype.
@@ -275,10 +277,28 @@ class Encoder(nnx.Module):
           LoraxError: without `position_ids_BxT`, T exceeds the model's positions.
         """
         positions_BxT = self.positions(input_ids_BxT, position_ids_BxT)
-        x_BxTxD = self.embed(
-            input_ids_BxT, attention_mask_BxT, token_type_ids_BxT, positions_BxT, rngs
-        )
         relation = self.relation(input_ids_BxT, positions_BxT)
-        return self.run_layers(
-            self.layers, x_BxTxD, attention_mask_BxT, relation, rngs=rngs, only=only
-        )
+        if prefix is None:
+            types, mask_BxT = token_type_ids_BxT, attention_mask_BxT
+            x_BxTxD, done = self.embed(input_ids_BxT, mask_BxT, types, positions_BxT, rngs), 0
+        else:
+            x_BxTxD, done = prefix.outputs, prefix.layers
+        layers = [*self.layers][done:]
+        return self.run_layers(layers, x_BxTxD, attention_mask_BxT, relation, rngs=rngs, only=only)
+
+    def first_layers(
+        self,
+        count: int,
+        input_ids_BxT: jax.Array,
+        attention_mask_BxT: jax.Array,
+        token_type_ids_BxT: jax.Array | None = None,
+        *,
+        position_ids_BxT: jax.Array | None = None,
+    ) -> Prefix:
+        """The outputs of the first `count` layers, one or more, without dropout."""
+        positions_BxT = self.positions(input_ids_BxT, position_ids_BxT)
+        mask_BxT, types_BxT = attention_mask_BxT, token_type_ids_BxT
+        x_BxTxD = self.embed(input_ids_BxT, mask_BxT, types_BxT, positions_BxT, None)
+        relation = self.relation(input_ids_BxT, positions_BxT)
+        layers = [*self.layers][:count]
+        return Prefix(count, self.run_layers(layers, x_BxTxD, mask_BxT, relation))

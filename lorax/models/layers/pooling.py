@@ -1,9 +1,21 @@
-"""Pooling of packed batches: the first token of each sequence, and sums over its tokens."""
+"""What is read of hidden states, and what is given of them: first tokens, sums, a prefix."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Prefix(NamedTuple):
+    """What the first layers of a network have computed already.
+
+    Attributes:
+      layers: how many.
+      outputs: of the last of them, (B, T, D).
+    """
+
+    layers: int
+    outputs: jax.Array
 
 
 class FirstTokens(NamedTuple):
