@@ -5,7 +5,7 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 
-from lorax.lora.initializers import INITIALIZERS, draw_rows
+from lorax.lora.initializers import INITIALIZERS, standard_normal
 from lorax.lora.spec import LoraSpec
 from lorax.lora.targets import Target, resolve
 
@@ -43,11 +43,11 @@ def init(key: jax.Array, base: Any, spec: LoraSpec) -> LoraTree:
 def _init_target(key: jax.Array, target: Target, spec: LoraSpec) -> dict[str, jax.Array]:
     stacked, d_in, d_out = target.matrix_shape
     key = jax.random.fold_in(key, crc32(target.path.encode()))
-    initializer = _standard_normal if target.is_embedding else INITIALIZERS[spec.init]
+    initializer = standard_normal if target.is_embedding else INITIALIZERS[spec.init]
     width = d_out if target.is_embedding else d_in
 
     def draw(layer_key: jax.Array) -> jax.Array:
-        return draw_rows(initializer, layer_key, (target.rank, width), target.rank)
+        return initializer(layer_key, (target.rank, width), target.rank)
 
     rows = jax.vmap(draw)(_layer_keys(key, math.prod(stacked))) if stacked else draw(key)
     rows = rows.reshape(*stacked, target.rank, width)
@@ -59,8 +59,3 @@ def _init_target(key: jax.Array, target: Target, spec: LoraSpec) -> dict[str, ja
 
 def _layer_keys(key: jax.Array, count: int) -> jax.Array:
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
-
-
-def _standard_normal(key: jax.Array, d: int, rank: int) -> jax.Array:
-    del rank
-    return jax.random.normal(key, (d,), jnp.float32)

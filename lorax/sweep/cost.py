@@ -1,5 +1,6 @@
 """What a pack would cost: memory from XLA, time from FLOPs and one measured step."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from lorax.train.hyper_stream import HyperStream
 from lorax.train.indexed_batch import DeviceSplit
 from lorax.train.optimizer import Hyper
 from lorax.train.prefix import FrozenPrefix
-from lorax.train.setup import Setup, hyper_of, prepare
+from lorax.train.setup import Setup, hyper_of, prepare, targets_of
 from lorax.train.step import Frozen, Program, State, init_state, train_step
 
 GIB = 2**30
@@ -59,9 +60,13 @@ def sizes_of(trials: Sequence[TrialConfig]) -> list[Size]:
 
 
 def _size_of(trial: TrialConfig) -> Size:
-    pairs = prepare(trial).trainable["lora"].values()
-    flops = sum(6.0 * (pair["a"].size + pair["b"].size) for pair in pairs)
-    return Size(max((pair["a"].shape[-2] for pair in pairs), default=0), flops)
+    targets = targets_of(trial)
+    ranks = [trial.train.pad_rank or target.rank for target in targets]
+    flops = 0.0
+    for target, rank in zip(targets, ranks, strict=True):
+        stacked, d_in, d_out = target.matrix_shape
+        flops += 6.0 * math.prod(stacked) * rank * (d_in + d_out)
+    return Size(max(ranks, default=0), flops)
 
 
 def measure_probe(work: Workload) -> Probe:

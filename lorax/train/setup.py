@@ -23,7 +23,17 @@ from lorax.config import (
     TrialConfig,
 )
 from lorax.errors import LoraxError
-from lorax.lora import LoraSpec, count_params, init, mask_of, pad, resolve, split, trainable_mask
+from lorax.lora import (
+    LoraSpec,
+    Target,
+    count_params,
+    init,
+    mask_of,
+    pad,
+    resolve,
+    split,
+    trainable_mask,
+)
 from lorax.models import (
     KINDS,
     abstract_model,
@@ -94,10 +104,8 @@ def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
     checked_content(config)
     if devices_are_here:
         _check_attention(config)
-    if config.train.mode == "lora":
-        shapes, _ = _shapes(cache_key(config.model), _outputs(config))
-        targets = resolve(shapes, _trial_spec(config))
-        _check_padding(config, max(target.rank for target in targets.values()))
+    if targets := targets_of(config):
+        _check_padding(config, max(target.rank for target in targets))
     _check_length(config)
     load_dataset(config)
     if devices_are_here:
@@ -105,6 +113,14 @@ def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
         _check_model(cache_key(config.model), config.task.name, _storage(config.train), mesh)
     else:
         check_checkpoint(config.model, _outputs(config))
+
+
+def targets_of(config: TrialConfig) -> list[Target]:
+    """The kernels that a trial adapts; none without an adapter."""
+    if config.train.mode != "lora":
+        return []
+    shapes, _ = _shapes(cache_key(config.model), _outputs(config))
+    return list(resolve(shapes, _trial_spec(config)).values())
 
 
 def _storage(train: TrainConfig) -> tuple[str, str, str, bool]:
