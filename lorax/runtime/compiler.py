@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import numpy as np
 log = logging.getLogger(__name__)
 FATAL = 3  # of absl's levels of logging
 _COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
+_LOCKS: dict[Any, threading.Lock] = {}
 Options = dict[str, str | bool]
 # On a CPU, XLA of jaxlib 0.10 gathers products and what surrounds them into large graphs of its
 # library YNNPACK, which compute much twice. Products alone go there instead.
@@ -63,16 +65,18 @@ def compile_cost(
     """
     shapes = map(_shape_of, jax.tree.leaves(args))
     key = jitted, jax.tree.structure(args), *_numerics(), *shapes
-    if key not in _COMPILED:
-        start = time.perf_counter()
-        with without_alarm():
-            compiled = jitted.lower(*args).compile(compiler_options(keeps_barriers))
-        seconds = time.perf_counter() - start
-        flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-        _COMPILED[key] = StepCost(seconds, float(flops) / lanes, program_bytes(compiled)), compiled
-    cost, compiled = _COMPILED[key]
-    if is_trained:
-        _COMPILED[key] = replace(cost, compile_seconds=0.0), compiled
+    with _LOCKS.setdefault(key, threading.Lock()):  # another thread may be compiling it
+        if key not in _COMPILED:
+            start = time.perf_counter()
+            with without_alarm():
+                compiled = jitted.lower(*args).compile(compiler_options(keeps_barriers))
+            seconds = time.perf_counter() - start
+            flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+            cost = StepCost(seconds, float(flops) / lanes, program_bytes(compiled))
+            _COMPILED[key] = cost, compiled
+        cost, compiled = _COMPILED[key]
+        if is_trained:
+            _COMPILED[key] = replace(cost, compile_seconds=0.0), compiled
     return cost, compiled
 
 
@@ -101,6 +105,11 @@ def _numerics() -> tuple[Any, ...]:
     """What else of JAX's configuration a program's numbers depend on."""
     names = ("default_matmul_precision", "enable_x64", "numpy_dtype_promotion", "debug_nans")
     return tuple(getattr(jax.config, f"jax_{name}") for name in names)
+
+
+def shapes_of(tree: Any) -> Any:
+    """The tree with shapes in the place of its arrays, which may be donated meanwhile."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
 
 
 def _shape_of(leaf: Any) -> Any:

@@ -62,6 +62,22 @@ class BatchStream:
         of_run = self._of_run
         return IndexedBatch(self._split, block.examples[n][of_run], block.starts[n][of_run], shape)
 
+    def unlike(self, step: int, end: int) -> list[IndexedBatch]:
+        """One batch for each shape of the steps that are planned with `step`, by first use.
+
+        Args:
+          step: the first one.
+          end: the step to stop before.
+        """
+        self.at(step)
+        assert self._block is not None
+        last = min(end, self._block.first + len(self._block.rows))
+        found: dict[BatchShape, IndexedBatch] = {}
+        for n in range(step, last):
+            batch = self.at(n)
+            found.setdefault(batch.shape, batch)
+        return list(found.values())
+
     def _plan(self, step: int) -> _Block:
         layout, parts = self._dataset.layout, self._train.grad_accum
         examples = np.full((BLOCK, len(self._seeds), parts * layout.examples), -1, np.int32)

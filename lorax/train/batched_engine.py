@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from lorax.config import TrialConfig
 from lorax.errors import LoraxError
 from lorax.lora import stack, union, unstack
-from lorax.runtime.compiler import StepCost, compile_cost
+from lorax.runtime.compiler import StepCost, compile_cost, shapes_of
 from lorax.train.batched_step import Packed, batched_predict, batched_step
 from lorax.train.indexed_batch import IndexedBatch, shape_of
 from lorax.train.mesh import (
@@ -99,18 +100,24 @@ class BatchedEngine:
         key = self._key(batch)
         is_new = key not in self._programs
         if is_new:
-            packed = self._packed(batch)
-            lanes = _counted(self._lanes_a_device, packed.side_by_side) / self._row_devices
-            cost, program = compile_cost(
-                batched_step(packed),
-                *self._arguments(hyper, batch),
-                lanes=lanes,
-                is_trained=is_trained,
-                keeps_barriers=packed.program.saves_memory,
-            )
-            self._programs[key] = cost, program, packed.side_by_side
+            cost, program = self.compilation(hyper, batch, is_trained=is_trained)()
+            self._programs[key] = cost, program, self._packed(batch).side_by_side
         cost, _, self.side = self._programs[key]
         return cost, is_new
+
+    def compilation(
+        self, hyper: Hyper, batch: Any, *, is_trained: bool = False
+    ) -> Callable[[], tuple[StepCost, Any]]:
+        """See `lorax.train.engine.Engine`; `is_trained` as in `compile_cost`."""
+        packed, arguments = self._packed(batch), self._arguments(hyper, batch)
+        return partial(
+            compile_cost,
+            batched_step(packed),
+            *(arguments if self.mesh else shapes_of(arguments)),
+            lanes=_counted(self._lanes_a_device, packed.side_by_side) / self._row_devices,
+            is_trained=is_trained,
+            keeps_barriers=packed.program.saves_memory,
+        )
 
     def step(self, hyper: Hyper, batch: Any) -> jax.Array:
         """See `lorax.train.engine.Engine`."""

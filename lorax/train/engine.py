@@ -1,5 +1,6 @@
 """What computes the steps of the loop's runs."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -26,6 +27,9 @@ class Engine(Protocol):
 
     def compile(self, hyper: Hyper, batch: Any) -> tuple[StepCost, bool]:
         """(the cost of the step for this batch shape, whether it was compiled just now)."""
+
+    def compilation(self, hyper: Hyper, batch: Any) -> Callable[[], Any]:
+        """A call that compiles the step for this batch shape, from any thread."""
 
     def step(self, hyper: Hyper, batch: Any) -> jax.Array:
         """One optimizer step of each run: their losses (K,), not waited for.

@@ -10,6 +10,7 @@ import numpy as np
 from lorax.runtime import stop
 from lorax.runtime.compiler import StepCost
 from lorax.train.batch_stream import BatchStream
+from lorax.train.compile_ahead import CompileAhead
 from lorax.train.dataset import Dataset
 from lorax.train.engine import Engine
 from lorax.train.evaluation import predict_split, score
@@ -94,10 +95,17 @@ class Loop:
           bar: a progress bar with `update`, `set_postfix` and `set_postfix_str`.
         """
         with stop.training():
-            self._run(bar)
+            self.end_runs()  # killed after their last checkpoint, before their results
+            with self._compile_ahead():
+                self._run(bar)
+            self.end_runs(all_of_them=True)
+
+    def _compile_ahead(self) -> CompileAhead:
+        is_over = self.step >= self.total_steps or not self.alive()
+        batches = [] if is_over else self._batches.unlike(self.step, self.total_steps)
+        return CompileAhead(self.engine, self._hypers.at(0), batches)
 
     def _run(self, bar: Any) -> None:
-        self.end_runs()  # killed after their last checkpoint, before their results
         pending: _Pending | None = None
         clock = time.perf_counter()
         while self.step < self.total_steps and self.alive():
@@ -126,7 +134,6 @@ class Loop:
             if self.step == self._saved_step and self.alive():
                 self._stop_if_asked()
             clock = time.perf_counter()
-        self.end_runs(all_of_them=True)
 
     def _advance(self, alive: Sequence[Run], tokens: int, cost: StepCost, is_new: bool) -> None:
         self.step += 1

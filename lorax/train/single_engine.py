@@ -1,13 +1,15 @@
 """The engine of one trial."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lorax.runtime.compiler import StepCost, compile_cost
+from lorax.runtime.compiler import StepCost, compile_cost, shapes_of
 from lorax.train.indexed_batch import IndexedBatch, shape_of
 from lorax.train.optimizer import Hyper
 from lorax.train.setup import Setup
@@ -34,14 +36,22 @@ class SingleEngine:
         shape = shape_of(batch)
         is_new = shape not in self._programs
         if is_new:
-            program = self.program
-            self._programs[shape] = compile_cost(
-                train_step,
-                program,
-                *self._arguments(hyper, batch),
-                keeps_barriers=program.saves_memory,
-            )
+            self._programs[shape] = self.compilation(hyper, batch, is_trained=True)()
         return self._programs[shape][0], is_new
+
+    def compilation(
+        self, hyper: Hyper, batch: Any, *, is_trained: bool = False
+    ) -> Callable[[], tuple[StepCost, Any]]:
+        """See `Engine`; `is_trained` as in `compile_cost`."""
+        program, arguments = self.program, shapes_of(self._arguments(hyper, batch))
+        return partial(
+            compile_cost,
+            train_step,
+            program,
+            *arguments,
+            is_trained=is_trained,
+            keeps_barriers=program.saves_memory,
+        )
 
     def step(self, hyper: Hyper, batch: Any) -> jax.Array:
         """See `Engine`."""
