@@ -28,7 +28,9 @@ def scales_of(lora: LoraTree, scales: Scales) -> Mapping[str, Any]:
     return scales
 
 
-def delta(pair: Mapping[str, jax.Array], scale: Any, shape: tuple[int, ...], axes: str = "io"):
+def delta(
+    pair: Mapping[str, jax.Array], scale: Any, shape: tuple[int, ...], axes: str = "io"
+) -> jax.Array:
     """Scale * (B A)^T as a kernel of `shape`; computed in the pair's own precision."""
     matrix = jnp.einsum("...or,...ri->...io", pair["b"], pair["a"]) * scale
     return from_matrix(matrix, shape, axes)

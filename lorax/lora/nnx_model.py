@@ -19,11 +19,11 @@ from lorax.lora.low_rank import Branch
 from lorax.lora.merge import Scales, scales_of
 
 
-class LoraParam(nnx.Param):
+class LoraParam(nnx.Param):  # type: ignore[type-arg]
     """An A or a B: filter by it before `nnx.Param`, of which it is a kind."""
 
 
-class LoraScale(nnx.Variable):
+class LoraScale(nnx.Variable):  # type: ignore[type-arg]
     """The factor on B A; never trained."""
 
 

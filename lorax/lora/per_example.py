@@ -15,7 +15,7 @@ from lorax.lora.low_rank import Branch
 from lorax.lora.nnx_model import LoraLayer
 
 
-class LoraRows(nnx.Variable):
+class LoraRows(nnx.Variable):  # type: ignore[type-arg]
     """Which adapter each row of a batch uses, (B,); the layers of a model share one."""
 
 

@@ -1,7 +1,7 @@
 """GLUE's metrics, from scikit-learn and SciPy, and those of language models."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def is_constant(kind: str, outputs: np.ndarray) -> bool:
     return bool(np.ptp(outputs[:, 0] if kind == "regression" else outputs.argmax(-1)) == 0)
 
 
-def _correlation(statistic, x: np.ndarray, y: np.ndarray) -> float:
+def _correlation(statistic: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
     return float(statistic(x, y).statistic)
