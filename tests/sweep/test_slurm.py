@@ -104,7 +104,7 @@ def test_a_preempted_job_is_queued_again_and_ends_with_the_same_numbers(world, t
     code, _, err = signalled(world, tmp_path / "cut", signal.SIGUSR2, slurm)
     assert (code, err) == (0, "")
     told = logs(tmp_path / "cut")
-    assert "Requeued job" in told and re.search("goes? on from step", told)
+    assert "Requeued job" in told and re.search("resumes from step", told)
     words = world.overrides(tmp_path / "whole", "-m", "hydra/launcher=packed", *LONG)
     assert world.finetune(*words).returncode == 0
     assert len(metrics(tmp_path / "cut")) == 2
@@ -117,7 +117,7 @@ def test_a_job_that_dies_is_a_line_and_its_trials_go_on(world, tmp_path, slurm):
     assert "failed, it ended without a result, state OUT_OF_MEMORY (job " in out
     words = world.overrides(tmp_path, "-m", "hydra/launcher=packed_slurm", *LONG)
     assert world.finetune(*words, **slurm).returncode == 0
-    assert re.search("goes? on from step", logs(tmp_path))
+    assert re.search("resumes from step", logs(tmp_path))
 
 
 REFUSED = {

@@ -156,7 +156,7 @@ FORKS = """
 import json, os, pickle, signal, sys, threading, time
 from pathlib import Path
 from lorax.launch import entry_point
-from lorax.sweep.run_serial import run_and_tell
+from lorax.sweep.run_serial import run_and_log
 
 root = Path(sys.argv[1])
 
@@ -195,7 +195,7 @@ for name, moment in MOMENTS.items():
     if pid == 0:
         os.dup2(os.open(root / f"{name}.err", os.O_WRONLY | os.O_CREAT), 2)
         watch(*moment)
-        entry_point(lambda: run_and_tell(trial))
+        entry_point(lambda: run_and_log(trial))
         os._exit(0)
     ends[name] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 print(json.dumps(ends))

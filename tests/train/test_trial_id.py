@@ -24,7 +24,12 @@ OTHER = {
     "lora.alpha_pattern": {"query": 3.0},
 }
 ELSEWHERE = {"tracking", "sweep", "output_dir"}
-BOOKKEEPING = ["train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints"]
+BOOKKEEPING = [
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.prefix_cache_gib",
+]
 
 
 def paths():
