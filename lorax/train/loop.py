@@ -102,7 +102,9 @@ class Loop:
 
     def _compile_ahead(self) -> CompileAhead:
         is_over = self.step >= self.total_steps or not self.alive()
-        batches = [] if is_over else self._batches.unlike(self.step, self.total_steps)
+        # On a mesh a program is compiled from arrays, which a step may donate meanwhile.
+        is_needed = not is_over and self.engine.mesh is None
+        batches = self._batches.unlike(self.step, self.total_steps) if is_needed else []
         return CompileAhead(self.engine, self._hypers.at(0), batches)
 
     def _run(self, bar: Any) -> None:
