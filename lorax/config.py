@@ -155,7 +155,7 @@ class TrainConfig:
         less memory, more time, the same numbers.
       label_smoothing: share of each training target that is spread evenly over all classes, or
         words (Szegedy et al. 2016, arXiv:1512.00567); scores are never smoothed.
-      max_shapes: most shapes of packed batches that the step is compiled for.
+      max_shapes: most shapes of packed batches that the step is compiled for; few steps get fewer.
       prefix_cache_gib: keep what layers below the lowest trained one compute for each example, if
         it takes no more than so many GiB of the device's memory; 0 computes it in every step.
       pad_rank: store the adapter zero-padded to this rank, so that one compiled step serves a

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorax import data
-from lorax.config import ModelConfig, TaskConfig, TrialConfig
+from lorax.config import ModelConfig, TaskConfig, TrainConfig, TrialConfig
 from lorax.errors import LoraxError
 from lorax.models import load_config, resolve_source
 from lorax.runs.content import Content, content_of
@@ -46,21 +46,29 @@ def load_dataset(config: TrialConfig) -> Dataset:
     train, mesh = config.train, config.sweep.mesh
     content = content_of(config)  # files that have changed are read again
     source = cache_key(config.task), config.model.source, config.model.revision, content
-    _load_splits(*source)  # splits are kept as long as the datasets that are made of them
+    count = len(_load_splits(*source)[1])  # kept as long as the datasets that are made of them
     return _load_dataset(
         source,
         train.batch_size // train.grad_accum,
         train.max_shapes,
         mesh.data * mesh.fsdp,
+        steps_of(train, count),
     )
 
 
 @lru_cache(maxsize=8)
-def _load_dataset(source: Any, micro_batch: int, max_shapes: int, multiple: int) -> Dataset:
+def _load_dataset(
+    source: Any, micro_batch: int, max_shapes: int, multiple: int, steps: int
+) -> Dataset:
     task, train, dev, pad_id = _load_splits(*source)
     longest = max(int(split.lengths.max()) for split in (train, *dev.values()))
     layout = data.choose_layout(
-        train.lengths, micro_batch, max_shapes=max_shapes, longest=longest, multiple=multiple
+        train.lengths,
+        micro_batch,
+        max_shapes=max_shapes,
+        longest=longest,
+        multiple=multiple,
+        steps=steps,
     )
     return Dataset(task, train, dev, layout, multiple, pad_id)
 
@@ -112,8 +120,12 @@ def epoch_steps(config: TrialConfig, dataset: Dataset) -> int:
 
 def total_steps(config: TrialConfig, dataset: Dataset) -> int:
     """Optimizer steps of a whole trial."""
-    train = config.train
-    return train.max_steps or train.epochs * epoch_steps(config, dataset)
+    return steps_of(config.train, len(dataset.train))
+
+
+def steps_of(train: TrainConfig, examples: int) -> int:
+    """Optimizer steps of a whole trial on so many examples."""
+    return train.max_steps or train.epochs * math.ceil(examples / train.batch_size)
 
 
 def _pad_id(tokenizer: Any, source: str, revision: str | None, task: data.Task) -> int:

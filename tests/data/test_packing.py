@@ -150,6 +150,15 @@ def test_many_batches_are_placed_as_each_alone(lengths, row_length):
                 column += own[n]
 
 
+def test_few_steps_get_few_shapes():
+    """One more shape has to save more than it takes to compile."""
+    lengths = np.random.default_rng(0).integers(1, 33, 500)
+    layouts = [choose_layout(lengths, 8, steps=steps) for steps in (1, 60, 10_000, None)]
+    counts = [len(layout.shares) for layout in layouts]
+    assert counts[0] == 1 and counts == sorted(counts) and counts[-1] == 4
+    assert layouts[-1] == layouts[-2] == choose_layout(lengths, 8)
+
+
 def test_an_example_longer_than_a_row_is_not_placed():
     with pytest.raises(LoraxError, match="an example of 9 tokens is longer than a row of 8"):
         place(np.array([[3, 9]]), 8)

@@ -7,6 +7,7 @@ import shutil
 import struct
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,8 +19,10 @@ from lorax.runs.trial_id import trial_dir, trial_id
 from lorax.sweep import plan_table, run_packed
 from lorax.train import run_trial
 from lorax.train.batched_engine import BatchedEngine
+from lorax.train.indexed_batch import expand
 from lorax.train.single_engine import SingleEngine
 
+in_rows = jax.jit(expand)
 pytestmark = pytest.mark.production  # level 0 rounds a lane alone and among others differently
 LENGTHS = {"max_shapes": 4, "batch_size": 4}
 TRAIN = {"max_steps": 12, "eval_every": 4, "log_every": 1, "keep_checkpoints": False, **LENGTHS}
@@ -93,9 +96,12 @@ class Ran:
     duplicate: dict
 
 
-def tokens_of(batch):
-    segments = batch["segment_ids"]
-    return [batch["input_ids"][segments == n].tolist() for n in range(1, segments.max() + 1)]
+def tokens_of(batch, run):
+    """The tokens of each example in a run's batch."""
+    own = dataclasses.replace(batch, examples=batch.examples[run], starts=batch.starts[run])
+    rows = {name: np.asarray(x) for name, x in in_rows(own).items()}
+    ids, segments = rows["input_ids"], rows["segment_ids"]
+    return [ids[segments == n].tolist() for n in range(1, segments.max() + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +115,9 @@ def ran(world, tmp_path_factory):
     def watch(engine_class, patch):
         step = engine_class.step
 
-        def noted(engine, hypers, batches):
-            seen.append([tokens_of(batch) for batch in batches])
-            return step(engine, hypers, batches)
+        def noted(engine, hyper, batch):
+            seen.append([tokens_of(batch, run) for run in range(len(batch.examples))])
+            return step(engine, hyper, batch)
 
         patch.setattr(engine_class, "step", noted)
 

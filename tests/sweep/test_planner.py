@@ -127,7 +127,7 @@ def test_steps_are_those_of_the_loop(world, train):
 
 
 def test_the_shares_of_shapes_are_near_those_of_an_epoch(world):
-    trial = world.trial(train={"max_shapes": 4, "batch_size": 4})
+    trial = world.trial(train={"max_shapes": 4, "batch_size": 4, "max_steps": 1000})
     dataset, shares = load_dataset(trial), Workload.of(trial).shapes
     assert len(shares) > 1 and sum(shares.values()) == pytest.approx(1)
     batches = [

@@ -16,6 +16,7 @@ from lorax.errors import LoraxError
 
 DRAWS = 1000  # random batches that the shapes are chosen for
 ATTENTION = 400  # at this row length attention costs as much as all products with weights
+COMPILATION = 5  # steps that take as long as one more compilation: of a small pack on a CPU
 Rows = list[list[int]]
 
 
@@ -112,11 +113,14 @@ def choose_layout(
     max_shapes: int = 4,
     longest: int | None = None,
     multiple: int = 1,
+    steps: int | None = None,
 ) -> Layout:
-    """Chooses the shapes of random batches: those that cost the fewest rows.
+    """Chooses the shapes of random batches: those that cost the least work.
 
-    They depend on the lengths alone, not on a trial's seed. `max_shapes` serve all batches but
-    one that needs more rows than any of the drawn ones, which takes a row an example.
+    They depend on the lengths and on how many batches there are, not on a trial's seed. They serve
+    all batches but one that needs more rows than any of the drawn ones, which takes a row an
+    example. A further shape saves padding in each step and costs a compilation, so that few steps
+    get few shapes.
 
     Args:
       lengths: tokens an example, of the split that batches are drawn from.
@@ -124,6 +128,7 @@ def choose_layout(
       max_shapes: most numbers of rows.
       longest: tokens of the longest example of any split; None: of `lengths`.
       multiple: every number of rows is a multiple of this.
+      steps: how many batches; None: so many that compilations do not count.
 
     Raises:
       LoraxError: no lengths, or a bound below 1.
@@ -136,15 +141,24 @@ def choose_layout(
     count = min(DRAWS, 20 + 40 * DRAWS // size)  # large batches are all alike
     draws = lengths[np.random.PCG64(0).random_raw((count, size)) % len(lengths)]
 
-    def layout_of(row_length: int) -> Layout:
+    def layouts_of(row_length: int) -> list[Layout]:
         needed = [round_up(int(n), multiple) for n in place(draws, row_length)[1]]
-        edges = cheapest_edges(needed, max_shapes)
+        fewest = 1 if steps else max_shapes
+        return [layout_of(row_length, needed, n) for n in range(fewest, max_shapes + 1)]
+
+    def layout_of(row_length: int, needed: list[int], shapes: int) -> Layout:
+        edges = cheapest_edges(needed, shapes)
         rows = tuple(dict.fromkeys((*edges, round_up(batch_size, multiple))))
         taken = Counter(rows[bisect_left(rows, n)] for n in needed)
         shares = {n: times / count for n, times in sorted(taken.items())}
         return Layout(row_length, rows, batch_size, shares)
 
-    return min(map(layout_of, _candidates(shortest_row)), key=_cost)
+    def work(layout: Layout) -> float:
+        compiling = COMPILATION * len(layout.shares) if steps else 0
+        return _cost(layout) * ((steps or 1) + compiling)
+
+    layouts = [layout for length in _candidates(shortest_row) for layout in layouts_of(length)]
+    return min(layouts, key=work)
 
 
 def _candidates(shortest: int) -> list[int]:
