@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lorax.errors import LoraxError
+from lorax.lora.dropout import keep_mask
 from lorax.lora.paths import module_path
 
 
@@ -26,7 +27,7 @@ def drop(x: jax.Array, branch: Branch) -> jax.Array:
     if branch.key is None or branch.rate == 0.0:
         return x
     key = jax.random.fold_in(branch.key, crc32(branch.path.encode()))
-    keep = jax.random.bernoulli(key, 1 - branch.rate, x.shape)
+    keep = keep_mask(key, branch.rate, x.shape)
     return jnp.where(keep, x / (1 - branch.rate), 0)
 
 

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lorax.lora import dropout as masks
+
 
 @jax.checkpoint
 def gelu(u: jax.Array) -> jax.Array:
@@ -39,7 +41,7 @@ def keep_mask(shape: tuple[int, ...], rate: float, rngs: nnx.Rngs | None) -> jax
     """What dropout keeps, by a key from the stream `dropout`; None: all."""
     if rngs is None or rate == 0:
         return None
-    return jax.random.bernoulli(rngs.dropout(), 1 - rate, shape)
+    return masks.keep_mask(rngs.dropout(), rate, shape)
 
 
 def dropout(x: jax.Array, rate: float, rngs: nnx.Rngs | None) -> jax.Array:
