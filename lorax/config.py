@@ -14,13 +14,17 @@ ADDED: dict[str, Any] = {
     "task.content": None,
     "model.content": None,
     "model.tokenizer_content": None,
+    "train.dropout_generator": None,
 }
-# Which fields say what a trial is trained on, by SHA-256.
+# Which fields say what a trial is trained on: SHA-256 digests, and the generator of its masks.
 CONTENT = {
     "data": "task.content",
     "tokenizer": "model.tokenizer_content",
     "base": "model.content",
+    "masks": "train.dropout_generator",
 }
+# What drew the masks of trials that do not name their generator, if they drew any.
+EARLIER_MASKS = "threefry"
 
 
 @dataclass
@@ -167,6 +171,9 @@ class TrainConfig:
         step is evaluated in any case.
       early_stopping: end after this many evaluations without a better dev metric; None: never.
       log_every: optimizer steps between records of the training loss.
+      dropout_generator: what draws the masks of dropout, which the commands fill in where a rate
+        is above zero: by another generator it is another trial. None: nothing draws, or threefry
+        in a trial of an earlier version.
     """
 
     mode: str = "lora"
@@ -188,6 +195,7 @@ class TrainConfig:
     eval_every: int | None = None
     early_stopping: int | None = None
     log_every: int = 10
+    dropout_generator: str | None = None
 
 
 @dataclass

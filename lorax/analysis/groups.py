@@ -8,12 +8,13 @@ from typing import Any
 
 from lorax.analysis.results import ENDED, Trial
 from lorax.analysis.statistics import Summary, summarize
-from lorax.config import CONTENT
+from lorax.config import CONTENT, EARLIER_MASKS
 from lorax.effective import effective
 from lorax.metric_direction import lower_is_better
 
 MISSING = "\u2013"
 MODES = ("head", "lora", "full")
+MASKS = CONTENT["masks"]
 CONTEXT = ("task.name", "model.name", *CONTENT.values())
 
 _BOOKKEEPING = frozenset(
@@ -28,15 +29,20 @@ _BOOKKEEPING = frozenset(
     }
 )
 _BOOKKEEPING_PREFIXES = ("tracking.", "sweep.")
-_NAMED_BY = {
-    "task.data_dir": "task.name",
-    "model.source": "model.name",
-    "model.revision": "model.name",
-    "task.content": "task.name",
-    "model.content": "model.name",
-    "model.tokenizer_content": "model.name",
+_NAMED_BY: dict[str, tuple[str, ...]] = {
+    "task.data_dir": ("task.name",),
+    "model.source": ("model.name",),
+    "model.revision": ("model.name",),
+    "task.content": ("task.name",),
+    "model.content": ("model.name",),
+    "model.tokenizer_content": ("model.name",),
+    MASKS: ("model.name", "model.source", "model.dropout", "train.mode", "lora.dropout"),
 }
 _PART_OF = {key: part for part, key in CONTENT.items()}
+_MASKS_NOTE = (
+    f"Some trials drew their dropout masks by another dropout generator ({EARLIER_MASKS}, of an "
+    "earlier version): their seeds name other masks, so they are rows of their own."
+)
 _ORDER = (*CONTEXT, "train.mode", "lora.rank", "lora.alpha", "lora.scaling", "lora.targets")
 _TUNED_PREFIXES = ("optimizer.",)
 _TUNED = frozenset(
@@ -174,7 +180,7 @@ def varying_keys(groups: Sequence[Group]) -> tuple[str, ...]:
     """
     keys = {key for group in groups for key in group.settings}
     varying = {key for key in keys if _varies(key, groups)}
-    varying -= {k for k, name in _NAMED_BY.items() if _determines(name, k, groups)}
+    varying -= {k for k, names in _NAMED_BY.items() if _determine(names, k, groups)}
     varying |= {"train.mode"}
     if any(group.mode == "lora" for group in groups):
         varying |= {"lora.rank"}
@@ -183,9 +189,11 @@ def varying_keys(groups: Sequence[Group]) -> tuple[str, ...]:
 
 def content_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     """What to know of rows that differ in what they were trained on."""
-    keys = [key for key in varying_keys(groups) if key in _PART_OF]
+    varying = [key for key in varying_keys(groups) if key in _PART_OF]
+    keys = [key for key in varying if key != MASKS]
+    masks = (_MASKS_NOTE,) if MASKS in varying else ()
     if not keys:
-        return ()
+        return masks
     parts = " and ".join(_PART_OF[key] for key in keys)
     note = (
         f"Trials were trained on several contents of {parts} under one name (by SHA-256): rows of "
@@ -193,7 +201,7 @@ def content_notes(groups: Sequence[Group]) -> tuple[str, ...]:
     )
     if any(group.value(key) is None for group in groups for key in keys):
         note += " Of unknown content are trials of a version that did not record it."
-    return (note,)
+    return (note, *masks)
 
 
 def constant_settings(groups: Sequence[Group]) -> dict[str, Any]:
@@ -241,6 +249,8 @@ def _best(part: Sequence["Group"]) -> "Group":
 
 def display(group: Group, key: str) -> str:
     """A group's value of a setting as tables and legends show it; of a digest the beginning."""
+    if key == MASKS:
+        return f"masks {group.value(key) or EARLIER_MASKS}" if group.has(key) else MISSING
     if key in _PART_OF:
         return f"{_PART_OF[key]} {str(group.value(key) or 'unknown')[:8]}"
     return format_value(group.value(key)) if group.has(key) else MISSING
@@ -307,8 +317,8 @@ def _varies(key: str, groups: Sequence[Group]) -> bool:
     return len({_freeze(group.value(key)) for group in groups if group.has(key)}) > 1
 
 
-def _determines(cause: str, effect: str, groups: Sequence[Group]) -> bool:
-    return not any(_varies(effect, part) for part in partition(groups, [cause]))
+def _determine(causes: Sequence[str], effect: str, groups: Sequence[Group]) -> bool:
+    return not any(_varies(effect, part) for part in partition(groups, causes))
 
 
 def _key_order(key: str) -> tuple[int, str]:

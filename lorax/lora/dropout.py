@@ -2,8 +2,8 @@
 
 A mask needs one random word for each of its elements. `jax.random.bernoulli` takes them from
 threefry, 20 rounds a pair of words, which XLA compiles anew for every mask of a model. On a CPU
-that is a third of the time to compile a step, a quarter of the step and of its memory; docs/sweeps.md
-has the figures and their command.
+that is a third of the first step, a quarter of each step and a third of its memory. The figures
+and their command are in docs/sweeps.md.
 
 Here the word of an element is a hash of its position and of the key's words. That is the
 counter-based scheme of Salmon et al. (2011, "Parallel random numbers: as easy as 1, 2, 3"). The

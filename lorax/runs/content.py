@@ -1,6 +1,6 @@
-"""What a trial is trained on: digests of its data, its tokenizer and its base.
+"""What a trial is trained on: its data, its tokenizer, its base, and its masks' generator.
 
-A path says where these are, not what they are. So their digests are recorded in `config.json`,
+A path says where files are, not what they are. So their digests are recorded in `config.json`,
 every checkpoint, `result.json` and the adapter, and a trial goes on with the same ones only.
 """
 
@@ -13,10 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lorax.config import CONTENT, TrialConfig
+from lorax.config import CONTENT, EARLIER_MASKS, ModelConfig, TrialConfig
 from lorax.data import content_of as data_content
+from lorax.data import get_task
 from lorax.errors import LoraxError
-from lorax.models import resolve_source
+from lorax.lora.dropout import GENERATOR
+from lorax.models import dropout_rates, load_config, resolve_source
 from lorax.runs.trial import Trial
 from lorax.runs.trial_id import recorded_content
 from lorax.runtime.digest import files_digest
@@ -33,17 +35,19 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Content:
-    """Digests of what a trial is trained on; None where a part is not known.
+    """What a trial is trained on; None where a part is not known.
 
     Attributes:
       data: SHA-256 of the task's files; see `lorax.data.content_of`.
       tokenizer: SHA-256 of `TOKENIZER_FILES`; of a base from the hub, its commit.
       base: SHA-256 of `config.json` and the weights; of a base from the hub, its commit.
+      masks: the generator of its dropout masks; None if it draws none.
     """
 
     data: str | None = None
     tokenizer: str | None = None
     base: str | None = None
+    masks: str | None = None
 
     def other_parts(self, recorded: Mapping[str, Any]) -> list[str]:
         """The parts that are known here and in a record, and are not the same."""
@@ -54,8 +58,8 @@ class Content:
 def content_of(config: TrialConfig) -> Content:
     """The content that a config names; of parts that it does not name, as it is on disk now."""
     named = _named(config)
-    if all(dataclasses.asdict(named).values()):
-        return named
+    if named.data and named.tokenizer and named.base:
+        return dataclasses.replace(named, masks=named.masks or _masks(config, named.base))
     now = _content_now(config)
     return Content(*(a or b for a, b in zip(*map(dataclasses.astuple, (named, now)), strict=True)))
 
@@ -82,7 +86,13 @@ def checked_content(config: TrialConfig) -> Content:
       LoraxError: files that are not those which the config names.
     """
     named, now = _named(config), _content_now(config)
-    if parts := now.other_parts(dataclasses.asdict(named)):
+    parts = now.other_parts(dataclasses.asdict(named))
+    if "masks" in parts:
+        raise LoraxError(
+            f"train.dropout_generator={named.masks}: this version draws the masks of dropout by "
+            f"{now.masks}; leave the setting out, to train another trial"
+        )
+    if parts:
         raise LoraxError(
             f"{_places(config, parts)} changed since the command was given: give it again, to "
             f"train on what is there now (as other trials), or put back what was there"
@@ -112,18 +122,24 @@ def check_record(trial: Trial, record: Mapping[str, Any], content: Content) -> N
       LoraxError: naming the part that has changed.
     """
     recorded = record.get("content")
+    _refuse(trial, {"masks": EARLIER_MASKS} | (recorded or {}), content)
     if recorded is None:
         log.warning(
             "%s: its checkpoint, of an earlier version, does not record what it was trained on; "
             "it resumes with the data and the base that are there now",
             trial.directory,
         )
-        return
-    _refuse(trial, recorded, content)
 
 
 def _refuse(trial: Trial, recorded: Mapping[str, Any], content: Content) -> None:
-    if parts := content.other_parts(recorded):
+    parts = content.other_parts(recorded)
+    if "masks" in parts:
+        raise LoraxError(
+            f"{trial.directory} was trained with dropout masks drawn by another generator "
+            f"({recorded['masks']}, now {content.masks}): set another "
+            "sweep.name, or delete the directory to train it again"
+        )
+    if parts:
         raise LoraxError(
             f"{trial.directory} was trained with another content of "
             f"{_places(trial.config, parts)}: put that back, or set another sweep.name, or delete "
@@ -141,14 +157,38 @@ def _places(config: TrialConfig, parts: list[str]) -> str:
 
 
 def _named(config: TrialConfig) -> Content:
-    task, model = config.task, config.model
-    return Content(task.content, model.tokenizer_content, model.content)
+    task, model, generator = config.task, config.model, config.train.dropout_generator
+    return Content(task.content, model.tokenizer_content, model.content, generator)
 
 
 def _content_now(config: TrialConfig) -> Content:
     task, model = config.task, config.model
     base = _base_content(model.source, model.revision)
-    return Content(data_content(task.name, task.data_dir), *base)
+    data = data_content(task.name, task.data_dir)
+    return Content(data, *base, _masks(config, base[1]))
+
+
+def _masks(config: TrialConfig, base: str | None) -> str | None:
+    """The generator, where training draws masks; None for a base that is not there."""
+    if config.train.mode == "lora" and config.lora.dropout:
+        return GENERATOR
+    model = config.model
+    try:
+        is_decoder = get_task(config.task.name).kind == "causal_lm"
+        place = (model.source, model.revision, model.pooling, model.dropout)
+        return GENERATOR if base and _has_dropout(place, is_decoder, base) else None
+    except LoraxError:  # loading it reports that
+        return None
+
+
+@lru_cache(maxsize=64)  # once for a sweep, not once for a trial
+def _has_dropout(place: tuple[Any, ...], is_decoder: bool, base: str) -> bool:
+    """Whether a model's own dropout is on; `base` is its digest, so that a new one is read anew."""
+    del base
+    source, revision, pooling, dropout = place
+    source, revision, pooling, dropout = place
+    model = ModelConfig(source=source, revision=revision, pooling=pooling, dropout=dropout)
+    return any(dropout_rates(load_config(model, is_decoder=is_decoder)).values())
 
 
 def _base_content(source: str, revision: str | None) -> tuple[str | None, str | None]:

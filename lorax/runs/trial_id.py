@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorax.config import ADDED, CONTENT, TrialConfig
+from lorax.config import ADDED, CONTENT, EARLIER_MASKS, TrialConfig
 from lorax.effective import effective
 
 ELSEWHERE = ("tracking", "sweep", "output_dir")
@@ -33,7 +33,8 @@ def trial_dir(config: TrialConfig) -> Path:
     """`<output_dir>/<sweep.name>/<trial id>`.
 
     A trial that an earlier version has trained, whose ids knew neither content nor settings
-    without effect, stays where it is: unless it is known to be of other content.
+    without effect, stays where it is: unless it is known to be of other content, or drew its
+    dropout masks by another generator.
     """
     sweep = sweep_dir(config)
     place = sweep / trial_id(config)
@@ -65,10 +66,15 @@ def earlier_ids(config: TrialConfig) -> list[str]:
 
 
 def recorded_content(directory: Path) -> dict[str, str]:
-    """The digests of what a trial was trained on, by part, as far as its `config.json` knows."""
+    """What a trial was trained on, by part of `CONTENT`, as far as its `config.json` knows.
+
+    One without the field of the masks' generator is of an earlier version.
+    """
     try:
         config = json.loads((directory / "config.json").read_text())
         found = {part: _get(config, key) for part, key in CONTENT.items()}
+        if "dropout_generator" not in config.get("train", {}):
+            found["masks"] = EARLIER_MASKS
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
     return {part: digest for part, digest in found.items() if isinstance(digest, str)}
@@ -83,7 +89,7 @@ def _has_trained(directory: Path, config: TrialConfig) -> bool:
     """Whether a directory holds this trial, as far as the content is known."""
     if not any((directory / name).exists() for name in ("config.json", "result.json")):
         return False
-    recorded, settings = recorded_content(directory), _settings(config)
+    recorded, settings = {"masks": EARLIER_MASKS} | recorded_content(directory), _settings(config)
     return all(settings[CONTENT[part]] in (None, digest) for part, digest in recorded.items())
 
 

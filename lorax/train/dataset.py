@@ -44,7 +44,7 @@ def cache_key(config: TaskConfig | ModelConfig) -> tuple[tuple[str, Any], ...]:
 def load_dataset(config: TrialConfig) -> Dataset:
     """The task in the model's tokens; kept, so that a sweep tokenizes once."""
     train, mesh = config.train, config.sweep.mesh
-    content = content_of(config)  # files that have changed are read again
+    content = dataclasses.replace(content_of(config), masks=None)  # changed files are read again
     source = cache_key(config.task), config.model.source, config.model.revision, content
     count = len(_load_splits(*source)[1])  # kept as long as the datasets that are made of them
     return _load_dataset(
