@@ -186,7 +186,6 @@ def _has_dropout(place: tuple[Any, ...], is_decoder: bool, base: str) -> bool:
     """Whether a model's own dropout is on; `base` is its digest, so that a new one is read anew."""
     del base
     source, revision, pooling, dropout = place
-    source, revision, pooling, dropout = place
     model = ModelConfig(source=source, revision=revision, pooling=pooling, dropout=dropout)
     return any(dropout_rates(load_config(model, is_decoder=is_decoder)).values())
 
