@@ -3,10 +3,10 @@
     python scripts/bench_step.py
     python scripts/bench_step.py --lengths 64 --precisions fp32 --steps 40
 
-LoRA r = 8 on query and value, a batch of 32 examples of T tokens each, no dropout, AdamW. Each
-measurement is a process of its own: lorax as its entry points set themselves up, PEFT as its users
-run it and once more with the same settings of the allocator. A step is all of it: forward,
-gradient, clipping, update; the median of `--steps` after three that do not count.
+LoRA r = 8 on query and value, a batch of 32 examples of T tokens each, no dropout unless
+`--dropout` sets it, AdamW. Each measurement is a process of its own: lorax as its entry points set
+themselves up, PEFT as its users run it and once more with the same settings of the allocator. A
+step is all of it: forward, gradient, clipping, update; the median of `--steps` after three that do not count.
 
 Both sides train the model of `AutoModelForSequenceClassification`, whose head reads the first
 token; `--pooling mean` gives lorax the head of its default, which reads all of them.
@@ -105,7 +105,7 @@ def lorax_step(precision: str, length: int, options: argparse.Namespace) -> dict
     jax.config.update("jax_enable_compilation_cache", False)
     steps = options.steps
     trial = TrialConfig(
-        model=ModelConfig(dropout=0.0, pooling=options.pooling),
+        model=ModelConfig(dropout=options.dropout, pooling=options.pooling),
         train=TrainConfig(batch_size=BATCH, precision=precision, base_dtype=precision),
     )
     step = Step(trial, length)
@@ -149,8 +149,8 @@ def peft_step(precision: str, length: int, options: argparse.Namespace) -> dict[
     base = AutoModelForSequenceClassification.from_pretrained(
         resolve_source("assets/minilm"),
         num_labels=2,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=options.dropout,
+        attention_probs_dropout_prob=options.dropout,
     )
     lora = LoraConfig(
         task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, target_modules=["query", "value"]
@@ -178,6 +178,7 @@ def measure(way: str, precision: str, length: int, options: argparse.Namespace) 
     """A measurement in a process of its own."""
     words = ["--one", way.partition(",")[0], precision, str(length)]
     words += ["--steps", str(options.steps), "--pooling", options.pooling]
+    words += ["--dropout", str(options.dropout)]
     done = subprocess.run(
         [sys.executable, str(Path(__file__)), *words],
         env={**os.environ, "PYTHONPATH": str(ROOT), **WAYS[way]},
@@ -213,6 +214,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pooling", choices=("pooler", "mean"), default="pooler")
+    parser.add_argument("--dropout", type=float, default=0.0, help="rate of the model's own")
     parser.add_argument("--one", nargs=3, metavar=("WAY", "PRECISION", "T"), help="a single one")
     return parser.parse_args(arguments)
 

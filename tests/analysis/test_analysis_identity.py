@@ -108,3 +108,23 @@ def test_the_order_of_overlapping_patterns_parts_rows(tmp_path):
     assert not any(group.repeats for group in groups)
     shown = column(settings_table(groups), "rank_pattern")
     assert sorted(shown) == [".*: 4, query: 2", "query: 2, .*: 4"]
+
+
+def test_trials_of_another_dropout_generator_have_rows_of_their_own(tmp_path):
+    for number, generator in enumerate([None, "lowbias32"]):
+        changes = {"lora": {"dropout": 0.1}, "train": {"dropout_generator": generator}}
+        write(tmp_path, number, **changes)
+    table = settings_table(groups_of(tmp_path))
+    shown = ["masks threefry", "masks lowbias32"]
+    assert column(table, "dropout_generator") == shown
+    (note,) = [note for note in table.notes if "another dropout generator" in note]
+    assert "threefry, of an earlier version" in note
+
+
+def test_the_dropout_generator_is_no_difference_beside_the_rate(tmp_path):
+    for number, (rate, generator) in enumerate([(0.0, None), (0.1, "lowbias32")]):
+        changes = {"lora": {"dropout": rate}, "train": {"dropout_generator": generator}}
+        write(tmp_path, number, **changes)
+    groups = groups_of(tmp_path)
+    assert "train.dropout_generator" not in varying_keys(groups)
+    assert not [note for note in settings_table(groups).notes if "generator" in note]

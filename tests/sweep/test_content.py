@@ -10,8 +10,10 @@ import pytest
 
 from lorax.errors import LoraxError
 from lorax.launch.application import config_of
+from lorax.lora.dropout import GENERATOR
 from lorax.runs.adapter import load_adapter
-from lorax.runs.content import Content, content_of, with_content
+from lorax.runs.content import Content, check_record, content_of, with_content
+from lorax.runs.trial import Trial
 from lorax.runs.trial_id import recorded_content, trial_dir, trial_id
 from lorax.runtime.provenance import command_line
 from lorax.sweep import run_packed, run_trials
@@ -181,8 +183,10 @@ def test_its_content_stands_in_all_that_a_trial_leaves(whole, own):
     for trial in (whole["serial"][0], whole["packed"][1]):
         directory = trial_dir(trial)
         content = content_of(trial)
-        assert all(len(digest) == 64 for digest in dataclasses.astuple(content))
-        assert recorded_content(directory) == dataclasses.asdict(content)
+        digests = {part: x for part, x in dataclasses.asdict(content).items() if part != "masks"}
+        assert all(len(digest) == 64 for digest in digests.values())
+        assert content.masks is None  # without dropout
+        assert recorded_content(directory) == digests
         result = json.loads((directory / "result.json").read_text())
         about = load_adapter(directory / "adapter")[2]
         assert result["content"] == about["content"] == dataclasses.asdict(content)
@@ -274,3 +278,56 @@ def test_a_base_of_the_hub_is_known_by_its_commit(world, tmp_path, monkeypatch):
         assert content.tokenizer == content.base == letter * 40
     absent = content_of(world.trial(tmp_path, model={"source": "someone/else"}))
     assert absent.tokenizer is absent.base is None and absent.data
+
+
+@pytest.fixture(scope="module")
+def dropped(own, tmp_path_factory):
+    """A trained trial with dropout, as a version with another generator left it."""
+    root = tmp_path_factory.mktemp("dropped")
+    trial = own.trial(root, train=TRAIN, lora={"rank": 2, "alpha": 4.0, "dropout": 0.1})
+    run_trial(trial)
+    path = trial_dir(trial) / "config.json"
+    config = json.loads(path.read_text())
+    assert config["train"].pop("dropout_generator") == GENERATOR
+    path.write_text(json.dumps(config))
+    return trial
+
+
+def test_a_trial_with_masks_of_another_generator_is_never_taken_for_one_of_this(dropped):
+    named = with_content(dropped)
+    assert named.train.dropout_generator == GENERATOR
+    assert trial_dir(named) != trial_dir(dropped) and not trial_dir(named).exists()
+    with pytest.raises(LoraxError, match=r"masks drawn by another generator \(threefry, now"):
+        run_trial(dropped)
+
+
+@pytest.mark.parametrize("recorded", [None, {"data": "a" * 64}, {"masks": "threefry"}])
+def test_a_checkpoint_of_another_generator_is_refused(dropped, recorded):
+    trial, content = Trial.of(dropped), Content(masks=GENERATOR)
+    with pytest.raises(LoraxError, match="masks drawn by another generator"):
+        check_record(trial, {"content": recorded}, content)
+    check_record(trial, {"content": recorded}, Content())  # draws none
+
+
+@pytest.mark.parametrize(
+    ("changes", "generator"),
+    [
+        ({"model": {"dropout": 0.0}}, None),
+        ({"model": {"dropout": None}}, GENERATOR),  # the checkpoint's own is 0.1
+        ({"lora": {"dropout": 0.1}}, GENERATOR),
+        ({"lora": {"dropout": 0.1}, "train": {"mode": "head"}}, None),
+    ],
+)
+def test_a_command_names_the_generator_where_masks_are_drawn(own, changes, generator):
+    trial = own.trial(**changes)
+    named = with_content(trial)
+    assert named.train.dropout_generator == generator
+    without = dataclasses.replace(named.train, dropout_generator=None)
+    is_other = trial_id(named) != trial_id(dataclasses.replace(named, train=without))
+    assert is_other == (generator is not None)
+
+
+def test_a_generator_that_is_not_this_versions_is_refused(own, tmp_path):
+    trial = own.trial(tmp_path, model={"dropout": 0.1}, train={"dropout_generator": "threefry"})
+    with pytest.raises(LoraxError, match=r"train\.dropout_generator=threefry: this version draws"):
+        check_trial(trial)

@@ -241,3 +241,11 @@ def test_trials_of_earlier_versions_are_found_where_they_are(tmp_path, name):
 def test_a_trial_without_content_or_what_has_no_effect_has_the_name_it_always_had():
     names = [name for name, config in EARLIER.items() if trial_id(config) == name]
     assert names == [name for name in EARLIER if "v+q" not in name]
+
+
+def test_trials_without_a_generator_of_masks_keep_their_ids():
+    named = made(model={"dropout": 0.0, **CONTENT["model"]}, task={"content": "a" * 64})
+    assert trial_id(TrialConfig()) == "reviews-lora-r8-a16-qv-lr0.001-s0-32f19560"
+    assert trial_id(named) == "reviews-lora-r8-a16-qv-lr0.001-s0-861f324a"
+    drawn = dataclasses.replace(named.train, dropout_generator="lowbias32")
+    assert trial_id(dataclasses.replace(named, train=drawn)) != trial_id(named)
