@@ -6,7 +6,8 @@
 LoRA r = 8 on query and value, a batch of 32 examples of T tokens each, no dropout unless
 `--dropout` sets it, AdamW. Each measurement is a process of its own: lorax as its entry points set
 themselves up, PEFT as its users run it and once more with the same settings of the allocator. A
-step is all of it: forward, gradient, clipping, update; the median of `--steps` after three that do not count.
+step is all of it: forward, gradient, clipping, update; the median of `--steps` after three that do
+not count.
 
 Both sides train the model of `AutoModelForSequenceClassification`, whose head reads the first
 token; `--pooling mean` gives lorax the head of its default, which reads all of them.
