@@ -1,4 +1,4 @@
-"""Commands: Hydra overrides to trials, launchers behind the plugins, jobs of clusters."""
+"""Commands: trials from Hydra overrides, launchers behind the plugins, jobs of clusters."""
 
 from lorax.launch.application import (
     compose_trial,

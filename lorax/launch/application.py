@@ -1,4 +1,4 @@
-"""The door between Hydra and the library: DictConfig in, dataclasses out, faults in one line."""
+"""Hydra applications: convert DictConfig to dataclasses, and report faults in one line."""
 
 import contextlib
 import copy
@@ -30,12 +30,12 @@ from lorax.runtime import stop
 from lorax.runtime.process import prepare_process
 
 T = TypeVar("T")
-ENTRY_PROCESSES: set[int] = set()  # the process that a command started in; workers have none
+ENTRY_PROCESSES: set[int] = set()  # ids of processes that have an entry point; workers have none
 SHOW_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
 def config_of(config: DictConfig) -> TrialConfig:
-    """The trial that a composed config describes, resolved, type-checked, its content named.
+    """The trial that a composed config describes: resolved, type-checked, with its content named.
 
     Raises:
       LoraxError: a missing or ill-typed value.
@@ -57,9 +57,10 @@ def _by_schema(config: DictConfig) -> TrialConfig:
 
 
 def _typed_already(config: DictConfig) -> TrialConfig | None:
-    """The trial of a config that was merged into the schema, as Hydra's are; None for others.
+    """The trial of a config that is merged into the schema already, as Hydra's are; else None.
 
-    Merging takes most of the time. None also for a config with a fault, which merging names.
+    This avoids a second merge, which takes most of the time. A config with a fault also gives
+    None; the merge then names the fault.
     """
     names = {field.name for field in fields(TrialConfig)}
     if OmegaConf.get_type(config) is not TrialConfig or {*config} - {"hydra"} != names:
@@ -90,12 +91,12 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def register() -> None:
-    """Tell Hydra the schema, `${trial_id:}`, which names a directory, and `${settings_help:}`."""
+    """Register the schema and the resolvers `${trial_id:}` and `${settings_help:}` with Hydra."""
     ConfigStore.instance().store(name="trial", node=TrialConfig)
     OmegaConf.register_new_resolver(
         "trial_id", lambda *, _root_: trial_dir(config_of(_root_)).name, replace=True
     )
-    # Hydra fills in what its help marks by `$`.
+    # Hydra substitutes `$` in its help text.
     OmegaConf.register_new_resolver(
         "settings_help", lambda: settings_help().replace("$", "$$"), replace=True
     )
@@ -105,7 +106,7 @@ def hydra_main(task: Callable[[TrialConfig], Any], config_name: str) -> None:
     """Run a Hydra application behind `entry_point`.
 
     Args:
-      task: gets each trial; its return value goes to the sweeper.
+      task: called with each trial; its return value goes to the sweeper.
       config_name: the primary config in `conf/`.
     """
 
@@ -125,7 +126,7 @@ def run_command(main: Callable[[list[str]], Any], about: str | None) -> None:
     """Run a command that takes overrides, behind `entry_point`.
 
     Args:
-      main: gets the command's arguments.
+      main: called with the command's arguments.
       about: the command's own help, which `--help` prints before all settings.
     """
     arguments = sys.argv[1:]
@@ -141,10 +142,10 @@ def run_command(main: Callable[[list[str]], Any], about: str | None) -> None:
 
 
 def _refuse_unknown_flags(arguments: Sequence[str]) -> None:
-    """Refuse `--name value` before Hydra does with its usage.
+    """Refuse `--name value` before Hydra refuses it and prints its usage.
 
     Raises:
-      LoraxError: a flag that Hydra does not know, with the setting that is meant.
+      LoraxError: a flag that Hydra does not know; names the intended setting.
     """
     known = get_args_parser()._option_string_actions
     takes_value = False
@@ -156,10 +157,10 @@ def _refuse_unknown_flags(arguments: Sequence[str]) -> None:
 
 
 def _run_job(task: Callable[[TrialConfig], Any], config: DictConfig) -> Any:
-    """A task behind the door, where this process has one; in a launcher's worker without.
+    """Run a task within `entry_point`; in a launcher's worker process, without it.
 
-    SystemExit, unlike an exception, passes through Hydra without a report of its own. A worker
-    may not exit, for the fault goes back to the door by Hydra's JobReturn.
+    Hydra reports an exception itself, but lets SystemExit pass. A worker must not exit: Hydra's
+    JobReturn carries its fault back to the process with the entry point.
     """
 
     def run() -> Any:
@@ -174,9 +175,9 @@ def _run_job(task: Callable[[TrialConfig], Any], config: DictConfig) -> Any:
 
 @contextlib.contextmanager
 def submission_directory() -> Iterator[None]:
-    """Work where the command was given, also with `hydra.job.chdir=true`.
+    """Change to the directory in which the command was given, also with `hydra.job.chdir=true`.
 
-    Relative paths of settings hold there, and a trial's directory is named by them.
+    Relative paths in settings refer to it, and the name of a trial's directory depends on them.
     """
     place = get_original_cwd() if HydraConfig.initialized() else Path.cwd()
     with contextlib.chdir(place):
@@ -184,15 +185,15 @@ def submission_directory() -> Iterator[None]:
 
 
 def entry_point(call: Callable[[], T]) -> T:
-    """`call()`, where a fault that the user can mend ends the process: one line, status 2.
+    """Return `call()`; a fault that the user can correct ends the process: one line, status 2.
 
     With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead. SIGINT and SIGTERM
-    end the process once a training loop has saved its step: one line, status 130 or 143; a second
-    one ends it at once.
+    end the process after the training loop has saved its step: one line, status 130 or 143. A
+    second signal ends the process at once.
     """
     quiet_libraries()
     prepare_process()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its faults, instead of printing them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its faults instead of printing them
     try:
         with _outermost():
             return call()
@@ -204,7 +205,7 @@ def entry_point(call: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _outermost() -> Iterator[None]:
-    """The process's own door takes its signals; one within it leaves them to it."""
+    """Handle signals in the outermost entry point of the process; a nested one does not."""
     if os.getpid() in ENTRY_PROCESSES:
         yield
         return
@@ -219,7 +220,7 @@ def _outermost() -> Iterator[None]:
 def own_arguments(
     arguments: Sequence[str], names: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """A command's own `name=value` arguments, and the others, which are overrides of a trial.
+    """(a command's own `name=value` arguments, the others, which are overrides of a trial).
 
     >>> own_arguments(["data=a.txt", "lora.rank=4"], ["data"])
     ({'data': 'a.txt'}, ['lora.rank=4'])
@@ -235,13 +236,13 @@ def compose_trial(
     """The one trial of a command that reads the user's own files.
 
     Args:
-      experiment: of `conf/experiment`.
-      overrides: of experiments.finetune.
-      data_dir: the file or folder, by any path.
-      fixed: settings that the command makes itself.
+      experiment: a name in `conf/experiment`.
+      overrides: as `experiments.finetune` takes them.
+      data_dir: the file or folder; its path may be relative.
+      fixed: settings that the command sets itself.
 
     Raises:
-      LoraxError: an override that asks for a sweep, or for what the command makes itself.
+      LoraxError: an override that requests a sweep, or a setting that the command sets itself.
     """
     for word in overrides:
         name = word.partition("=")[0].lstrip("+~")
@@ -256,20 +257,20 @@ def compose_trial(
 
 
 def quiet_libraries() -> None:
-    """Hydra shows INFO of every library; of these only warnings matter.
+    """Raise the log level of libraries, whose INFO records Hydra would show.
 
-    Orbax raises its errors, and logs each several times over besides (absl is its logger).
+    Orbax raises its errors, but also logs each several times (absl is its logger).
     """
     for name in ("jax", "orbax", "hydra._internal.core_plugins.basic_launcher"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("absl", "asyncio"):  # asyncio tells of Orbax's writes beside the one that failed
+    for name in ("absl", "asyncio"):  # asyncio logs Orbax's concurrent writes
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _show_unraisable
 
 
 def _show_unraisable(report: Any) -> None:
-    # When a write fails, those beside it report to Orbax's event loop, which is closed by then.
+    # When a write fails, concurrent writes report to Orbax's event loop, which is closed by then.
     if str(report.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(report)
 
@@ -282,4 +283,4 @@ def _report(fault: Exception) -> int:
     return 2
 
 
-register()  # at import, so that a launcher's worker processes know both, too
+register()  # at import, so that a launcher's worker processes have them too

@@ -1,8 +1,8 @@
-"""A sweep's configs: composed by Hydra once for each choice of groups, values set in copies.
+"""A sweep's configs: Hydra composes one per choice of groups; values are set in copies of it.
 
-Hydra takes a tenth of a second and more to compose a config, most of it for the defaults list and
-for reading and merging files. The jobs of a sweep mostly choose the same groups and differ in
-values. Hydra sets values last, so that they can be set in a copy of what the jobs have in common.
+Hydra takes 0.1 s or more to compose a config. Most of that time goes to the defaults list and to
+reading and merging files. Most jobs of a sweep choose the same groups and differ in values only.
+Hydra sets values last, so they can be set in a copy of the config that the jobs share.
 """
 
 import copy
@@ -28,12 +28,12 @@ Words = tuple[str, ...]
 
 
 class Job(NamedTuple):
-    """The overrides of a job, its sweep's among them.
+    """The overrides of a job, including its sweep's.
 
     Attributes:
-      all: in the order in which Hydra gets them.
-      shared: those that Hydra composes: options of groups, and settings of Hydra itself.
-      values: the others, which it sets in what it has composed.
+      all: in the order in which Hydra receives them.
+      shared: those that need composition: options of groups, and settings of Hydra itself.
+      values: the others, which are set in the composed config.
     """
 
     all: list[Override]
@@ -42,17 +42,17 @@ class Job(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What jobs have in common: a config as Hydra composes it, and the same without `hydra`."""
+    """The config that jobs share, as Hydra composes it (`whole`) and without `hydra` (`trial`)."""
 
     whole: DictConfig
     trial: DictConfig
 
 
 class Composer(ConfigLoaderImpl):
-    """Hydra's config loader, which keeps what the jobs of a sweep have in common.
+    """Hydra's config loader with a cache of the configs that the jobs of a sweep share.
 
-    Its configs equal those of Hydra's loader, and its faults are the same. It serves one sweep:
-    files of `conf/` that change meanwhile are not read again.
+    Its configs and faults equal those of Hydra's loader. Use one loader per sweep: it does not
+    reread files of `conf/` that change.
     """
 
     def __init__(self, loader: ConfigLoader) -> None:
@@ -70,7 +70,7 @@ class Composer(ConfigLoaderImpl):
         """The config of a job.
 
         Args:
-          master_config: of the sweep; its overrides of `hydra.*` hold for each job.
+          master_config: of the sweep; its overrides of `hydra.*` apply to each job.
           sweep_overrides: of the job.
 
         Raises:
@@ -84,7 +84,7 @@ class Composer(ConfigLoaderImpl):
         return config
 
     def trial(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> TrialConfig:
-        """The trial of a job, as `config_of` its config; made once.
+        """`config_of` a job's config; computed once per job.
 
         Raises:
           HydraException: as `load_sweep_config`.
@@ -122,7 +122,7 @@ class Composer(ConfigLoaderImpl):
     def _is_value(self, override: Override, of_hydra: Words) -> bool:
         if _is_of_hydra(override):
             return False
-        if isinstance(override.value(), dict):  # of a group's config, whose option is a name
+        if isinstance(override.value(), dict):  # a value in a group's config; an option is a name
             return True
         key = of_hydra, override.key_or_group
         if key not in self._groups:
@@ -140,12 +140,12 @@ class Composer(ConfigLoaderImpl):
     def _set(self, config: DictConfig, values: list[Override]) -> None:
         try:
             self._apply_overrides_to_config(values, config)
-        except OmegaConfBaseException as fault:  # as `load_configuration` has it
+        except OmegaConfBaseException as fault:  # as in `load_configuration`
             raise ConfigCompositionException().with_traceback(sys.exc_info()[2]) from fault
 
 
 def share_composer(context: HydraContext) -> HydraContext:
-    """The same context with a `Composer`, for a sweeper and the launcher that it sets up."""
+    """A copy of the context with a `Composer`, which a sweeper and its launcher share."""
     return HydraContext(Composer(context.config_loader), context.callbacks)
 
 
@@ -155,9 +155,9 @@ def trials_of(
     """The trials of a sweep's jobs.
 
     Args:
-      context: what Hydra gives a launcher or a sweeper.
+      context: the context that Hydra passes to a launcher or a sweeper.
       config: of the sweep.
-      job_overrides: what each job overrides.
+      job_overrides: the overrides of each job.
 
     Raises:
       HydraException: a job that cannot be composed.
@@ -178,7 +178,7 @@ def _is_of_hydra(override: Override) -> bool:
 
 
 def _describe(config: DictConfig, overrides: Sequence[Override]) -> None:
-    """Note in a config how it was made, as Hydra does."""
+    """Record in a config the overrides that made it, as Hydra does."""
     of_job = [override for override in overrides if not override.is_hydra_override()]
     form = config.hydra.job.config.override_dirname
     config.hydra.overrides.task = list(_words(of_job))

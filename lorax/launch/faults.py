@@ -1,4 +1,4 @@
-"""Faults of Hydra, OmegaConf and the system as one line, with the setting that is meant."""
+"""Faults of Hydra, OmegaConf and the system as one line that names the intended setting."""
 
 import difflib
 import errno
@@ -15,7 +15,7 @@ from lorax.launch.settings import SYNONYMS, setting_names
 
 
 def one_line(fault: Exception) -> str:
-    """A fault of Hydra or OmegaConf as one line, with the keys that would be right."""
+    """A fault of Hydra or OmegaConf as one line, with the valid keys."""
     if isinstance(fault, LoraxError):
         return str(fault)
     if isinstance(fault, OSError) and not isinstance(fault, HydraException):
@@ -33,7 +33,7 @@ def _hydra_fault(fault: Exception) -> str:
     text = text.rstrip(".")
     for pattern, remedy in REMEDIES.items():
         text = re.sub(pattern, remedy, text)
-    if override := getattr(fault, "override", None):  # one that does not parse
+    if override := getattr(fault, "override", None):  # an override that does not parse
         if override.startswith("--"):
             return flag_fault(override)
         return f"{override}: {_parse_error(override, lines)}"
@@ -44,7 +44,7 @@ def _hydra_fault(fault: Exception) -> str:
     return text
 
 
-# What Hydra says without a remedy, in few words, and what helps.
+# Hydra's messages that name no remedy, shortened, each with a remedy.
 REMEDIES = {
     r"^(Ambiguous value for argument .*)$": r"\1: a sweep over it needs -m",
     r"^.*Could not load 'hydra/sweeper/optuna'$": (
@@ -54,9 +54,9 @@ REMEDIES = {
 
 
 def _parse_error(override: str, lines: Sequence[str]) -> str:
-    """What Hydra's message says besides the override itself and a link."""
+    """Hydra's message without the override itself and the link."""
     said = [line for line in lines if not line.startswith(("Error parsing override", "See http"))]
-    if said and said[0].startswith("LexerNoViableAlt"):  # the name of an exception of its parser
+    if said and said[0].startswith("LexerNoViableAlt"):  # the name of a parser exception
         name, _, value = override.partition("=")
         return f"the value needs quotes: \"{name}='{value}'\""
     return said[0] if said else "not a setting and its value"
@@ -90,7 +90,7 @@ def _unknown_key(key: str) -> str:
 
 
 def meant_setting(key: str) -> str | None:
-    """The setting that a name most likely means: a synonym's, or the nearest one.
+    """The setting that a name most likely means: by synonym, or the most similar name.
 
     >>> [meant_setting(key) for key in ("learning_rate", "lora.r", "train.epoch", "epochs")]
     ['optimizer.lr', 'lora.rank', 'train.epochs', 'train.epochs']
@@ -105,7 +105,7 @@ def meant_setting(key: str) -> str | None:
 
 
 def flag_fault(flag: str, following: str | None = None) -> str:
-    """One line on a flag in place of an override.
+    """One line on a flag that was given instead of an override.
 
     >>> flag_fault("--lora_r", "8")
     '--lora_r is not an option; settings are given as name=value: lora.rank=8'
@@ -124,12 +124,12 @@ def flag_fault(flag: str, following: str | None = None) -> str:
     return f"{name} is not an option; settings are given as name=value: {form}"
 
 
-# Errors that only writing meets.
+# Errors that only a write raises.
 OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EEXIST, errno.ENOTEMPTY}
 
 
 def system_fault(fault: OSError) -> str:
-    """One line on what the system refused: to write, or to read.
+    """One line on a read or a write that the system refused.
 
     >>> system_fault(FileNotFoundError(errno.ENOENT, "No such file or directory", "a.tsv"))
     'cannot read a.tsv: No such file or directory'
@@ -141,8 +141,8 @@ def system_fault(fault: OSError) -> str:
     path = Path(os.fsdecode(fault.filename))
     if fault.errno in OF_WRITING or fault.filename2 is not None:
         is_written = True
-    elif fault.errno in (errno.EACCES, errno.EPERM):  # what is not there was to be made
+    elif fault.errno in (errno.EACCES, errno.EPERM):  # a missing file was to be created
         is_written = not os.path.lexists(path) or os.access(path, os.R_OK)
-    else:  # a part of the path is a file: a folder was to be made below it
+    else:  # a parent in the path is a file, not a folder
         is_written = fault.errno == errno.ENOTDIR
     return f"cannot {'write' if is_written else 'read'} {path}: {reason}"

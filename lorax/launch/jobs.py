@@ -1,7 +1,7 @@
-"""Trials as jobs of a cluster: what the Slurm and the Ray launcher share.
+"""Trials as jobs of a cluster: the part that the Slurm and Ray launchers share.
 
-The submitting process composes, checks and groups; it trains nothing and holds no accelerator.
-Each job plans packs of its trials on its own device, and its results come back.
+The submitting process composes, checks and groups trials; it trains nothing and holds no
+accelerator. Each job plans packs of its trials on its own device and returns their results.
 """
 
 import logging
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 
 
 class JobFailed(RuntimeError):  # noqa: N818
-    """A job's fault, in one line, as it leaves the job."""
+    """A job's fault, in one line, as the job raises it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """Trials on their way to where they are trained; submitit and Ray pickle and call it.
+    """Trials to train in another process; submitit and Ray pickle and call it.
 
     Attributes:
-      trials: those that can share a program; see `group_for_jobs`.
-      directory: where it was submitted; relative paths of a trial hold there.
-      command: that submitted it, for the results.
+      trials: trials that can share a program; see `group_for_jobs`.
+      directory: the directory of submission; a trial's relative paths refer to it.
+      command: the command that submitted it, for the results.
     """
 
     trials: list[TrialConfig]
@@ -53,7 +53,7 @@ class Job:
         """Train the trials.
 
         Raises:
-          JobFailed: any fault, in one line; its cause stands in the job's log.
+          JobFailed: any fault, in one line; the job's log has its cause.
         """
         _open_log()
         prepare_process()
@@ -66,9 +66,9 @@ class Job:
             raise JobFailed(_reason(fault)) from fault
 
     def checkpoint(self) -> Any:
-        """What submitit is to submit again at preemption or timeout: the same job.
+        """What submitit submits again after preemption or a timeout: the same job.
 
-        Its packs go on from their own checkpoints; the step that was trained last is saved.
+        Its packs resume from their own checkpoints; the last trained step is saved.
         """
         from submitit.helpers import DelayedSubmission
 
@@ -80,9 +80,9 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-      place: the job's name where it ran, and its log.
-      results: of its trials, in order; None: it failed.
-      fault: why, in one line.
+      place: the job's name on its cluster, and its log.
+      results: of its trials, in order; None if it failed.
+      fault: why it failed, in one line.
     """
 
     place: str
@@ -94,25 +94,25 @@ Submit = Callable[[Sequence[Job]], Iterator[tuple[int, Outcome]]]
 
 
 def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | LoraxError]:
-    """Check all trials, train them as jobs, wait for all of these; ended trials are skipped.
+    """Check all trials, train them as jobs and wait for all jobs; ended trials are skipped.
 
     Args:
       trials: a sweep.
-      submit: starts jobs, and yields each one's number and outcome as it ends.
+      submit: starts jobs, and yields each job's number and outcome as it ends.
 
     Returns:
-      A result for each trial, in order; for those that a failed job has left open, a fault that
-      counts them; for those whose results are damaged, a fault that names the first.
+      A result for each trial, in order. Trials that a failed job left open have a fault that
+      counts them; trials whose results are damaged have a fault that names the first.
 
     Raises:
-      LoraxError: a trial that cannot run, before anything is submitted; or the submission failed.
+      LoraxError: a trial cannot run (before anything is submitted), or the submission failed.
     """
     _leave_accelerators_alone()
     asked = checked(trials, devices_are_here=False)
     unique, damaged = without_damaged(list(dict.fromkeys(asked)))
     catch_up_all(unique)
     groups = group_for_jobs([trial.config for trial in unique])
-    # Whole groups: a pack that was killed resumes with its ended trials in their lanes.
+    # Submit whole groups: a killed pack resumes with its ended trials in their lanes.
     jobs = [[unique[n] for n in group] for group in groups]
     jobs = [job for job in jobs if any(trial.is_open for trial in job)]
     results, failed = _wait(jobs, submit)
@@ -127,16 +127,16 @@ def run_jobs(trials: Sequence[TrialConfig], submit: Submit) -> list[Result | Lor
 
 
 def _leave_accelerators_alone() -> None:
-    """Checking reads weights: keep them, and JAX's claim on the memory, off the jobs' devices."""
+    """Run the checks on the CPU: their weights must not take memory of the jobs' devices."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # not the variable, which jobs would inherit
+    jax.config.update("jax_platforms", "cpu")  # not by the variable, which jobs would inherit
 
 
 def _wait(
     groups: Sequence[Sequence[Trial]], submit: Submit
 ) -> tuple[dict[Trial, Result], list[int]]:
-    """The results of jobs, one for each group of trials, and the numbers of those that failed."""
+    """(results of the jobs, one job for each group of trials; numbers of the failed jobs)."""
     results: dict[Trial, Result] = {}
     failed: list[int] = []
     if not groups:
@@ -161,16 +161,16 @@ def _wait(
 
 
 def _open_log() -> None:
-    """A job's own log: what lorax tells, on stdout, which submitit and Ray keep."""
+    """Log lorax's records to the job's stdout, which submitit and Ray keep."""
     quiet_libraries()
     logger = logging.getLogger("lorax")
-    if not logger.handlers:  # Ray's processes serve several jobs
+    if not logger.handlers:  # a process of Ray runs several jobs
         logger.addHandler(logging.StreamHandler(sys.stdout))
         logger.setLevel(logging.INFO)
         logger.propagate = False
 
 
 def _reason(fault: Exception) -> str:
-    """One line: a LoraxError speaks for itself, others need their name."""
+    """The fault in one line; a fault other than LoraxError with its class name."""
     text = next((line.strip() for line in str(fault).splitlines() if line.strip()), "")
     return text if isinstance(fault, LoraxError) else f"{type(fault).__name__}: {text}"

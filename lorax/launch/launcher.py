@@ -1,4 +1,4 @@
-"""What stands behind our Hydra launchers: every trial is checked before the first one trains."""
+"""The code behind lorax's Hydra launchers: every trial is checked before the first one trains."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -33,14 +33,14 @@ def launch(
     Args:
       trials: a trial for each job.
       run: Hydra's basic launcher.
-      job_overrides: what each job overrides.
+      job_overrides: the overrides of each job.
       initial_job_idx: number of the first job.
 
     Returns:
-      Hydra's returns; that of a trial whose result on disk is damaged raises its fault.
+      Hydra's JobReturns; that of a trial whose result on disk is damaged raises its fault.
 
     Raises:
-      LoraxError: a trial that cannot run; nothing has been trained then.
+      LoraxError: a trial cannot run; nothing has been trained.
     """
     show_plan_if_asked(trials)
     refuse_halving(trials)
@@ -58,7 +58,7 @@ def launch(
 
 
 class Ended:
-    """A task function for Hydra's own jobs after the training: it gives each trial's objective.
+    """A task function for Hydra's jobs after training: it returns each trial's objective.
 
     It raises the fault of a trial that has no result.
     """
@@ -77,7 +77,7 @@ class Ended:
         return objective(result)
 
     def close(self, returns: Sequence[JobReturn]) -> list[JobReturn]:
-        """Log the closing lines; Hydra's returns, those that failed as `FailedTrial`."""
+        """Log the closing lines; return Hydra's JobReturns, failed ones as `FailedTrial`."""
         log_closing(self.trials)
         return with_quiet_faults(returns)
 
@@ -94,9 +94,9 @@ def launch_packed(trials: Sequence[TrialConfig]) -> Ended:
 
 
 def launch_jobs(trials: Sequence[TrialConfig], submit: Submit) -> Ended:
-    """As `launch_packed`, with the training in a cluster's jobs, which `submit` starts.
+    """As `launch_packed`, but train in jobs of a cluster, which `submit` starts.
 
-    The task function raises a LoraxError for a trial that a failed job has left open.
+    The task function raises a LoraxError for a trial that a failed job left open.
     """
     if any(trial.sweep.plan for trial in trials):
         raise LoraxError(
@@ -107,11 +107,11 @@ def launch_jobs(trials: Sequence[TrialConfig], submit: Submit) -> Ended:
 
 
 class FailedTrial(JobReturn):
-    """A failed trial's return: raises its fault, without the line that Hydra prints before."""
+    """A failed trial's JobReturn: raises its fault without the line that Hydra prints first."""
 
     @property
     def return_value(self) -> Any:
-        """Raises the fault."""
+        """Raise the fault."""
         raise self._return_value
 
     @return_value.setter
@@ -120,7 +120,7 @@ class FailedTrial(JobReturn):
 
 
 def with_quiet_faults(returns: Sequence[JobReturn]) -> list[JobReturn]:
-    """Hydra's returns, those that failed as `FailedTrial`."""
+    """Hydra's JobReturns, failed ones as `FailedTrial`."""
     return [FailedTrial(**vars(r)) if r.status is JobStatus.FAILED else r for r in returns]
 
 

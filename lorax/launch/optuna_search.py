@@ -1,4 +1,4 @@
-"""Optuna's search by hydra-optuna-sweeper; a study in a storage continues after a kill."""
+"""Optuna's search by hydra-optuna-sweeper; a study in a storage resumes after a kill."""
 
 import contextlib
 import functools
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 def search(options: Mapping[str, Any], context: Mapping[str, Any], arguments: list[str]) -> None:
     """Search until the study has `n_trials` trials.
 
-    Without a storage that is what hydra-optuna-sweeper does. A study in a storage continues: it
-    counts the trials that are complete, and repeats those that a kill or a fault left first, as
-    the same trials, which go on from their checkpoints. The sampler is seeded by the number of
-    complete trials, so that a search that was killed asks for what it would have asked for.
+    Without a storage this equals hydra-optuna-sweeper. A study in a storage resumes: it counts
+    its complete trials, and first repeats the trials that a kill or a fault left unfinished. They
+    are the same trials and resume from their checkpoints. The number of complete trials seeds the
+    sampler, so a killed search suggests the same values as one that was not killed.
 
     Args:
       options: of hydra-optuna-sweeper.
-      context: what Hydra gives a sweeper.
-      arguments: the overrides, sweeps among them.
+      context: the context that Hydra passes to a sweeper.
+      arguments: the overrides, including sweeps.
 
     Raises:
-      LoraxError: a storage that cannot be opened, another process that searches, a study of
-        another search space, a grid sampler.
+      LoraxError: a storage cannot be opened, another process searches the study, the study has
+        another search space, or the sampler is a grid sampler.
     """
     if options["storage"] is None:
         _sweeper(options, context).sweep(arguments)
@@ -53,7 +53,7 @@ def _continue(options: Mapping[str, Any], context: Mapping[str, Any], arguments:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # It introduces the study in each call; a call is a batch here.
+    # It logs the study in each call, and here each batch is a call.
     logging.getLogger("hydra_plugins.hydra_optuna_sweeper._impl").setLevel(logging.WARNING)
     total = options["n_trials"]
     study = _study(options, context)
@@ -74,7 +74,7 @@ def _continue(options: Mapping[str, Any], context: Mapping[str, Any], arguments:
 
 
 def _sweeper(options: Mapping[str, Any], context: Mapping[str, Any], complete: int = 0) -> Any:
-    """hydra-optuna-sweeper, its sampler seeded for a study with so many complete trials."""
+    """hydra-optuna-sweeper with its sampler seeded by the study's number of complete trials."""
     from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl
 
     sampler = context["config"].hydra.sweeper.sampler
@@ -96,10 +96,10 @@ def _study(options: Mapping[str, Any], context: Mapping[str, Any]) -> Any:
 
 
 def _repeat_unfinished(study: Any) -> int:
-    """Mark trials that a dead process left as failed, and ask for all failed ones again.
+    """Mark trials of a dead process as failed, and enqueue all failed trials again.
 
     Returns:
-      The number of trials that wait to be repeated.
+      The number of enqueued trials.
     """
     import optuna
     from optuna.trial import TrialState
@@ -133,7 +133,7 @@ def _complete(study: Any) -> int:
 def _spaces(
     options: Mapping[str, Any], context: Mapping[str, Any], arguments: list[str]
 ) -> dict[str, Any]:
-    """Optuna's distribution of each setting that is searched over."""
+    """Optuna's distribution of each searched setting."""
     from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_overrides
 
     params = _sweeper(options, context)._parse_sweeper_params_config()
@@ -156,7 +156,7 @@ def _check_space(study: Any, spaces: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _alone(directory: Path, study: str) -> Iterator[None]:
-    """Hold a sweep's directory: a trial that runs while no other process searches is stale."""
+    """Lock a sweep's directory: only then is every trial in state `running` stale."""
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(locked(directory))
@@ -169,7 +169,7 @@ def _alone(directory: Path, study: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _optuna_faults(options: Mapping[str, Any]) -> Iterator[None]:
-    """Faults of Optuna as one line."""
+    """Raise faults of Optuna as a LoraxError of one line."""
     import optuna
     import sqlalchemy
 

@@ -15,13 +15,13 @@ REFUSALS = (ConnectionError, RuntimeError, TypeError, ValueError)
 
 
 def connect(options: Mapping[str, Any]) -> None:
-    """Start Ray or join it, once a process, at whose exit it ends; before JAX has threads.
+    """Start Ray or join a cluster, once per process, before JAX has threads; Ray ends at exit.
 
     Args:
       options: `address` of a cluster, None for this machine; `init`, more arguments of `ray.init`.
 
     Raises:
-      LoraxError: no such cluster, or this machine has not what a task asks for.
+      LoraxError: no such cluster, or this machine lacks what a task requests.
     """
     import ray
 
@@ -35,20 +35,20 @@ def connect(options: Mapping[str, Any]) -> None:
     except (*REFUSALS, ray.exceptions.RayError) as fault:
         where = f"at {address}" if address else "here"
         raise LoraxError(f"cannot start Ray {where}: {_line(fault)}") from fault
-    if address is None:  # nobody will add what is missing
+    if address is None:  # a single machine gains no resources later
         _check_room(options, ray.cluster_resources())
 
 
 def submit(jobs: Sequence[Job], options: Mapping[str, Any]) -> Iterator[tuple[int, Outcome]]:
-    """Start jobs as tasks; Ray holds back those that find no room, and repeats one that crashes.
+    """Start jobs as tasks; Ray queues those without free resources and repeats crashed ones.
 
     Args:
       jobs: the trials, by job.
-      options: what a task takes: `num_cpus`, `num_gpus` and other `resources`; and `max_retries`
-        of one whose process dies.
+      options: what a task requests: `num_cpus`, `num_gpus` and other `resources`; and
+        `max_retries` of a task whose process dies.
 
     Yields:
-      A job's number and its outcome, as it ends.
+      A job's number and its outcome, when it ends.
     """
     import ray
 
@@ -63,7 +63,7 @@ def submit(jobs: Sequence[Job], options: Mapping[str, Any]) -> Iterator[tuple[in
 
 
 def train_job(job: Job) -> list[Result]:
-    """The task. A fault's traceback goes to its log, since Ray would only hand it to the caller."""
+    """Run a job as a task; print a fault's traceback to its log, as Ray only returns it."""
     try:
         return job()
     except JobFailed:
@@ -72,7 +72,7 @@ def train_job(job: Job) -> list[Result]:
 
 
 def _check_address(address: str | None) -> None:
-    """Ask at the door: `ray.init` knocks for a quarter of an hour where nobody lives."""
+    """Check that the address accepts connections; `ray.init` would retry for 15 minutes."""
     host, _, port = (address or "").rpartition("/")[2].rpartition(":")
     if not port.isdigit():
         return

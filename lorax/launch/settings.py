@@ -79,7 +79,7 @@ class Setting(NamedTuple):
     """A setting as `--help` shows it.
 
     Attributes:
-      name: with its groups.
+      name: including its groups.
       kind: its type, as Python writes it.
       default: as Hydra writes it; a group of `conf/` may have another.
       about: what `lorax/config.py` says.
@@ -92,12 +92,12 @@ class Setting(NamedTuple):
 
 
 def setting_names() -> list[str]:
-    """The names of all settings, as overrides have them."""
+    """The names of all settings, as in overrides."""
     return [setting.name for setting in all_settings()]
 
 
 def all_settings(kind: Any = TrialConfig, prefix: str = "") -> Iterator[Setting]:
-    """Every setting of a dataclass and of those in its fields, in their order."""
+    """Every setting of a dataclass and of the dataclasses in its fields, in order."""
     types, about = typing.get_type_hints(kind), attributes_of(kind)
     for field in dataclasses.fields(kind):
         name, its_type = f"{prefix}{field.name}", types[field.name]
@@ -108,14 +108,14 @@ def all_settings(kind: Any = TrialConfig, prefix: str = "") -> Iterator[Setting]
 
 
 def attributes_of(kind: Any) -> dict[str, str]:
-    """What a class's docstring says of each of its attributes, in one line each."""
+    """A class's attributes and their descriptions in its docstring, in one line each."""
     _, _, listed = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")
     entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", listed, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 
 
 def settings_help() -> str:
-    """All settings with type, default and what each is, wrapped to the terminal."""
+    """All settings with type, default and description, wrapped to the terminal's width."""
     width = min(100, shutil.get_terminal_size().columns)
     lines, group = [], ""
     for setting in all_settings():

@@ -1,4 +1,4 @@
-"""Trials as jobs of submitit, which serves Slurm and, for trying things out, this machine."""
+"""Trials as jobs of submitit: on Slurm or, to try things out, on this machine."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from lorax.errors import LoraxError
 from lorax.launch.jobs import Job, JobFailed, Outcome, log
 from lorax.sweep.words import counted
 
-# What submitit's executors have in common; other options belong to one executor and bear its name.
+# Options of all of submitit's executors; others belong to one executor and have its prefix.
 COMMON = {
     *("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node"),
     *("tasks_per_node", "stderr_to_stdout"),
@@ -21,7 +21,7 @@ POLL_SECONDS = {"local": 0.5, "slurm": 5.0}
 def submit(
     jobs: Sequence[Job], cluster: str, options: Mapping[str, Any]
 ) -> Iterator[tuple[int, Outcome]]:
-    """Submit jobs together, on Slurm as one array; wait for each.
+    """Submit jobs together, on Slurm as one array, and wait for each.
 
     Args:
       jobs: the trials, by job.
@@ -29,10 +29,10 @@ def submit(
       options: those of hydra-submitit-launcher.
 
     Yields:
-      A job's number and its outcome, as it ends.
+      A job's number and its outcome, when it ends.
 
     Raises:
-      LoraxError: options that do not fit, or the cluster refuses.
+      LoraxError: invalid options, or the cluster refuses the submission.
     """
     from submitit.helpers import as_completed
 
@@ -42,7 +42,7 @@ def submit(
     try:
         for job in as_completed(submitted, poll_frequency=POLL_SECONDS[cluster]):
             yield numbers[job.job_id], _outcome(job)
-    finally:  # also when whoever waits for the outcomes is interrupted
+    finally:  # also when the consumer of the outcomes is interrupted
         _leave([job for job in submitted if not job.done()], cluster)
 
 
@@ -58,7 +58,7 @@ def _submit(jobs: Sequence[Job], cluster: str, options: Mapping[str, Any]) -> li
     try:
         executor = submitit.AutoExecutor(cluster=cluster, **start)
         executor.update_parameters(**named)
-        with contextlib.redirect_stderr(io.StringIO()):  # the fault holds sbatch's words
+        with contextlib.redirect_stderr(io.StringIO()):  # the fault has sbatch's message
             return executor.submit_array(jobs)
     except (RuntimeError, ValueError, NameError, AssertionError, OSError) as fault:
         lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
@@ -78,14 +78,14 @@ def _outcome(job: Any) -> Outcome:
 
 
 def _reason(trace: str) -> str:
-    """The line of JobFailed, or else of the last exception, in a traceback's text."""
+    """The line of JobFailed in a traceback's text, or else of the last exception."""
     marked = re.findall(rf"^\S*{JobFailed.__name__}: (.+)$", trace, re.MULTILINE)
     raised = re.findall(r"^[A-Za-z_][\w.]*: .+$", trace, re.MULTILINE)
     return (marked or raised or ["unknown"])[-1]
 
 
 def _leave(running: Sequence[Any], cluster: str) -> None:
-    """Slurm's jobs outlive this process and are worth keeping; this machine's are its own."""
+    """Cancel jobs on this machine; leave Slurm's jobs, which outlive this process, running."""
     if cluster == "local":
         for job in running:
             job.cancel()
