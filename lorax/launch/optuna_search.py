@@ -99,7 +99,7 @@ def _repeat_unfinished(study: Any) -> int:
     """Mark trials of a dead process as failed, and enqueue all failed trials again.
 
     Returns:
-      The number of enqueued trials.
+      The number of trials that are waiting in the study's queue.
     """
     import optuna
     from optuna.trial import TrialState

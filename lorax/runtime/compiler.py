@@ -1,4 +1,4 @@
-"""Compiles a step, once a process for each shape, and reports what it costs."""
+"""Compiles a step, once per process and shape, and reports its cost."""
 
 import contextlib
 import logging
@@ -15,14 +15,14 @@ import jaxlib.utils
 import numpy as np
 
 log = logging.getLogger(__name__)
-FATAL = 3  # of absl's levels of logging
-_COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # of this process, by function and shapes
+FATAL = 3  # a log level of absl
+_COMPILED: dict[Any, tuple["StepCost", Any]] = {}  # by function and shapes
 _LOCKS: dict[Any, threading.Lock] = {}
 Options = dict[str, str | bool]
-# On a CPU, XLA of jaxlib 0.10 gathers products and what surrounds them into large graphs of its
-# library YNNPACK, which compute much twice. Products alone go there instead.
+# On a CPU, XLA of jaxlib 0.10 fuses matrix products and the operations around them into large
+# YNNPACK graphs, which recompute much of the work. This option sends single products there.
 CPU: Options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-# It drops barriers early there, too: what was to be computed again is then shared, and kept.
+# XLA also drops barriers early on a CPU: values to be rematerialized would be shared and kept.
 CPU_BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
@@ -31,7 +31,7 @@ class StepCost:
     """The compiled step of one batch shape, as XLA reports it.
 
     Attributes:
-      compile_seconds: of the program, however many lanes it computes.
+      compile_seconds: of the program, whatever its number of lanes.
       flops: of one lane's step.
       memory_bytes: arguments, results and temporaries of the whole program.
     """
@@ -48,17 +48,17 @@ def compile_cost(
     is_trained: bool = True,
     keeps_barriers: bool = False,
 ) -> tuple[StepCost, Any]:
-    """Compile for the arguments' shapes, once a process.
+    """(cost, executable) for the arguments' shapes; compiled once per process.
 
-    Asked again for the same shapes, it costs nothing; the first who trains with it is told what
-    compiling took, the others 0.
+    Later calls with the same shapes return the cached program. The first call that trains gets
+    the compile time in its cost, and later ones get 0.
 
     Args:
-      jitted: a jitted function that is made once a process.
+      jitted: a jitted function that is made once per process.
       *args: its arguments.
-      lanes: how many lanes' steps the program's FLOPs are counted for.
+      lanes: number of lanes that the program's FLOPs cover.
       keeps_barriers: see `compiler_options`.
-      is_trained: False for who only plans, and is told in any case.
+      is_trained: False for a caller that only plans; it never resets the compile time.
 
     Returns:
       The cost, and the executable, which takes the arguments that are not static.
@@ -82,10 +82,10 @@ def compile_cost(
 
 @contextlib.contextmanager
 def without_alarm() -> Iterator[None]:
-    """Keep XLA's own log off the terminal while a program is compiled.
+    """Keep XLA's own log off the terminal while a program compiles.
 
-    XLA reports a compilation of more than two minutes as an error, and asks to file a bug: packs
-    on a busy machine take as long. A compilation that fails raises.
+    XLA logs a compilation of over two minutes as an error and asks for a bug report, but packs on
+    a busy machine may take that long. A compilation that fails still raises.
     """
     shown = int(os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1"))  # JAX's default
     set_level = getattr(jaxlib.utils, "absl_set_min_log_level", lambda level: None)
@@ -97,18 +97,18 @@ def without_alarm() -> Iterator[None]:
 
 
 def compiled_programs() -> int:
-    """How many programs this process has compiled by `compile_cost`."""
+    """Number of programs that this process has compiled by `compile_cost`."""
     return len(_COMPILED)
 
 
 def _numerics() -> tuple[Any, ...]:
-    """What else of JAX's configuration a program's numbers depend on."""
+    """The settings of JAX that a program's numbers depend on."""
     names = ("default_matmul_precision", "enable_x64", "numpy_dtype_promotion", "debug_nans")
     return tuple(getattr(jax.config, f"jax_{name}") for name in names)
 
 
 def shapes_of(tree: Any) -> Any:
-    """The tree with shapes in the place of its arrays, which may be donated meanwhile."""
+    """The tree with shapes in place of its arrays, which may be donated later."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
 
 
@@ -128,7 +128,7 @@ def compiler_options(keeps_barriers: bool = False) -> Options:
     """Options for the default backend; none where XLA does not know them.
 
     Args:
-      keeps_barriers: what `jax.checkpoint` computes again is computed again, as on accelerators.
+      keeps_barriers: `jax.checkpoint` really recomputes values, as on accelerators.
     """
     if jax.default_backend() != "cpu":
         return {}
@@ -139,7 +139,7 @@ def compiler_options(keeps_barriers: bool = False) -> Options:
 def _is_known(options: Options) -> bool:
     try:
         jax.jit(lambda: 0).lower().compile(options)
-    except Exception as fault:  # an XLA of another version: the error's type is not documented
+    except Exception as fault:  # another version of XLA; the error's type is undocumented
         log.warning("XLA does not take %s: %s", options, str(fault).splitlines()[0])
         return False
     return True

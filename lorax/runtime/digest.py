@@ -1,8 +1,8 @@
-"""SHA-256 of files. A file is hashed once for as long as the file system says it is the same.
+"""SHA-256 of files. A file is hashed again only if the file system reports a change.
 
-The digests of large files are kept under `~/.cache/lorax/digests` (`$XDG_CACHE_HOME` is respected)
-for later processes: a base of gigabytes is not read again for each trial. They may be deleted at
-any time.
+Digests of large files are cached under `~/.cache/lorax/digests` (`$XDG_CACHE_HOME` is respected)
+for later processes, so that a base of gigabytes is not read again for each trial. The cache may
+be deleted at any time.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from lorax.errors import LoraxError
 from lorax.runtime.process import cache_root
 
 log = logging.getLogger(__name__)
-KEPT_FROM = 2**20  # bytes; hashing less is faster than looking it up
+KEPT_FROM = 2**20  # bytes; hashing a smaller file is faster than a lookup
 TOLD_FROM = 2**30
 Stamp = tuple[int, int, int, int, int]
 
@@ -52,7 +52,7 @@ def lines_digest(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _stamp(path: Path) -> Stamp:
-    """What changes whenever a file's content does; the ctime also where an mtime was set back."""
+    """Values that change with a file's content; the ctime changes even if the mtime is reset."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
@@ -69,7 +69,7 @@ def _digest(stamp: Stamp, path: Path) -> str:
     if size >= TOLD_FROM:
         log.info("hashing %s, %.1f GB, once", path, size / 1e9)
     digest = _hash(path)
-    if _stamp(path) == stamp:  # not written to meanwhile
+    if _stamp(path) == stamp:  # unchanged while it was read
         _write(place, digest)
     return digest
 
@@ -87,7 +87,7 @@ def _read(place: Path) -> str | None:
 
 
 def _write(place: Path, digest: str) -> None:
-    """Keep a digest in a file that is whole or absent; a cache that cannot be written is none."""
+    """Write a digest to the cache atomically; do nothing if the cache cannot be written."""
     with contextlib.suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(".partial", "digest-", place.parent)

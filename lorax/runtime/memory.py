@@ -1,4 +1,4 @@
-"""How much memory there is, and how much was taken."""
+"""Available memory, and memory used."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def device_memory() -> int | None:
-    """Bytes that each device of this process may hold; None where it is the machine's memory."""
+    """Bytes that each device of this process may hold; None if devices use the host's memory."""
     import jax
 
     found = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
@@ -14,13 +14,13 @@ def device_memory() -> int | None:
 
 
 def free_host_memory() -> int:
-    """Free memory of the machine, or of the control groups that this process is confined to."""
+    """Free bytes of the machine, or of the control groups that limit this process."""
     free = [_free_in(group) for group in _control_groups()]
     return min([_meminfo("MemAvailable"), *(n for n in free if n is not None)])
 
 
 def _control_groups() -> list[Path]:
-    """This process's group (version 2) and those above it."""
+    """This process's control group (version 2) and its parents."""
     root = Path("/sys/fs/cgroup")
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -32,7 +32,7 @@ def _control_groups() -> list[Path]:
 
 
 def _free_in(group: Path) -> int | None:
-    """What a control group may still take; cached files make room. None without a limit."""
+    """Bytes that a control group may still take, cached files included. None without a limit."""
     try:
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         words = (group / "memory.stat").read_text().split()
@@ -52,7 +52,7 @@ def _meminfo(name: str) -> int:
 
 
 def reset_peak_rss() -> None:
-    """Start a new measurement of the resident peak (Linux; elsewhere it is the process's)."""
+    """Reset the resident peak (Linux only; elsewhere the peak is the whole process's)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -65,7 +65,7 @@ def peak_rss() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         line = next(line for line in lines if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):  # no Linux, or a sandbox that leaves the line out
+    except (OSError, StopIteration):  # not Linux, or a sandbox that omits the line
         import resource
 
         unit = 1 if sys.platform == "darwin" else 1024
@@ -73,7 +73,7 @@ def peak_rss() -> int:
 
 
 def peak_device() -> int | None:
-    """Most bytes that the first device has held; None where it does not report that."""
+    """Peak bytes in use on the first device; None if it does not report them."""
     import jax
 
     stats = jax.devices()[0].memory_stats()

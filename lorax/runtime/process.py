@@ -1,4 +1,4 @@
-"""What an entry point sets for its whole process: the allocator, the queue, kept programs."""
+"""Settings of a whole process: the allocator, the dispatch queue, the program cache."""
 
 import ctypes
 import hashlib
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
-# Of glibc's <malloc.h>: never map large blocks apart, never give the heap's end back, let it grow
-# in large steps, and have one heap, since those of threads cannot hold large blocks.
+# Of glibc's <malloc.h>: do not use mmap for large blocks, do not trim the heap, grow it in large
+# steps, and use one heap, since the heaps of threads cannot hold large blocks.
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 2**28),
            "M_ARENA_MAX": (-8, 1)}  # fmt: skip
 
@@ -20,7 +20,7 @@ PREPARED: dict[str, Any] = {}  # what was set for this process, for `result.json
 
 
 def prepare_process() -> None:
-    """Set what makes training faster, once; best before JAX computes anything."""
+    """Apply settings that make training faster, once; best before JAX computes anything."""
     if PREPARED:
         return
     programs = keep_programs()
@@ -32,11 +32,11 @@ def prepare_process() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed, where there is glibc; whether it does.
+    """Let glibc keep freed memory; return whether it does (False without glibc).
 
-    XLA allocates a step's temporaries anew each time; memory that went back to the system in
-    between is zeroed by the kernel, page by page. Settings of malloc in the environment
-    (`MALLOC_...`, `GLIBC_TUNABLES`) go before.
+    XLA allocates temporaries in each step. The kernel would zero, page by page, memory that was
+    returned to the system in between. Settings of malloc in the environment (`MALLOC_...`,
+    `GLIBC_TUNABLES`) take precedence.
     """
     is_set = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
         name.startswith("MALLOC_") for name in os.environ
@@ -48,12 +48,12 @@ def keep_freed_memory() -> bool:
 
 
 def run_a_step_at_a_time() -> bool:
-    """Have a CPU's programs run when they are called; whether that was asked for.
+    """Make a CPU run programs synchronously; return whether the option was set.
 
-    Not where the environment says something about it, or JAX does not know the option.
+    It is not set if the environment sets it, or if JAX does not know it.
 
-    Otherwise a step may start before the memory of the one before it, or of several, is free:
-    peaks are then up to four times as high, and nothing is faster where steps keep all cores busy.
+    With asynchronous dispatch a step may start before earlier steps have freed their memory. The
+    peak is then up to four times as high, and nothing is faster if steps keep all cores busy.
     """
     import jax
 
@@ -67,10 +67,10 @@ def run_a_step_at_a_time() -> bool:
 
 
 def keep_programs() -> Path | None:
-    """Keep compiled programs on disk for later processes; where.
+    """Cache compiled programs on disk for later processes; return the folder.
 
-    `JAX_COMPILATION_CACHE_DIR` names another place; `JAX_ENABLE_COMPILATION_CACHE=false` keeps
-    none.
+    `JAX_COMPILATION_CACHE_DIR` names another folder; `JAX_ENABLE_COMPILATION_CACHE=false`
+    disables the cache.
     """
     import jax
 
@@ -84,19 +84,19 @@ def keep_programs() -> Path | None:
 
 
 def cache_dir() -> Path:
-    """`~/.cache/lorax/programs/<jaxlib and machine>`: programs hold for one kind of both."""
+    """`~/.cache/lorax/programs/<jaxlib and machine>`: programs are valid for one pair of them."""
     import jaxlib
 
     return cache_root() / "programs" / f"jaxlib-{jaxlib.__version__}-{_machine()}"
 
 
 def cache_root() -> Path:
-    """`~/.cache/lorax`, where all that may be made anew is kept; `$XDG_CACHE_HOME` is respected."""
+    """`~/.cache/lorax`, for files that can be rebuilt; `$XDG_CACHE_HOME` is respected."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lorax"
 
 
 def _machine() -> str:
-    """A processor's instructions, as a hash: XLA compiles for those that it finds."""
+    """A hash of the processor's instruction sets, which XLA compiles for."""
     words = [platform.machine()]
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

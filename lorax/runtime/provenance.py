@@ -1,4 +1,4 @@
-"""What a result was made by: the code, the command, the versions of packages."""
+"""The provenance of a result: the code, the command, the versions of packages."""
 
 import os
 import platform
@@ -38,7 +38,7 @@ PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of the packages that a trial's numbers may depend on, of those installed."""
+    """The versions of the installed packages that a trial's numbers may depend on."""
     found = {name: _version(name) for name in PACKAGES}
     return {name: number for name, number in found.items() if number is not None}
 
@@ -52,7 +52,7 @@ def lorax_version() -> str | None:
 def code_commit() -> str | None:
     """The commit of lorax's clone, with `-dirty` where tracked files differ; None without a clone.
 
-    It is asked once a process: the code that runs is what was there when it was imported.
+    It is read once per process, because imported code does not change.
     """
     words = ["git", "-C", str(_ROOT), "describe", "--always", "--abbrev=40", "--exclude=*"]
     if not (_ROOT / ".git").exists():
@@ -67,12 +67,12 @@ def code_commit() -> str | None:
 
 
 def command_line() -> str:
-    """The command that was given, as a shell takes it; without the passwords of addresses."""
+    """The command of this process, quoted for a shell, with passwords in URLs hidden."""
     return without_passwords(_GIVEN[-1] if _GIVEN else shlex.join(sys.orig_argv))
 
 
 def without_passwords(text: str) -> str:
-    """The text with the passwords of addresses hidden: results and logs are passed on.
+    """The text with passwords in URLs hidden, as users share results and logs.
 
     >>> without_passwords("hydra.sweeper.storage=postgresql://me:secret@host/search")
     'hydra.sweeper.storage=postgresql://me:***@host/search'
@@ -81,12 +81,12 @@ def without_passwords(text: str) -> str:
 
 
 def set_command_line(command: str) -> None:
-    """Record, in a job of a cluster, the command that submitted it in place of the job's own."""
+    """In a job of a cluster, record the command that submitted it instead of the job's own."""
     _GIVEN[:] = [command]
 
 
 def now() -> str:
-    """The time in UTC, to the second, by ISO 8601."""
+    """The time in UTC, to the second, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -98,7 +98,7 @@ def _version(package: str) -> str | None:
 
 
 def environment() -> dict[str, Any]:
-    """What the figures were measured on, and by which versions."""
+    """The hardware and the versions that a trial was measured with."""
     device = jax.devices()[0]
     return {
         "device": _processor() if device.platform == "cpu" else device.device_kind,

@@ -1,9 +1,9 @@
-"""Signals that stop a process: they wait until the training loop has saved its step.
+"""Signals that stop a process: they take effect after the training loop has saved its step.
 
-A handler that raises in the middle of a step loses what was trained since the last checkpoint, and
-may leave JAX or Orbax in any state. So a signal is noted while a loop trains; the loop saves its
-step, and only then does the signal act. Nothing is installed on import: entry points and jobs
-enter `at_entry_point` or `in_a_job`.
+A handler that raises in the middle of a step loses the work since the last checkpoint, and may
+leave JAX or Orbax in an undefined state. While a loop trains, a signal is therefore only noted.
+The loop saves its step, and then the signal acts. Importing this module installs nothing: entry
+points and jobs enter `at_entry_point` or `in_a_job`.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
-Act = Callable[[int, str], Any]  # gets a signal's number and what is saved, in words
+Act = Callable[[int, str], Any]  # called with a signal's number and a description of what is saved
 NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
-TOGETHER = 0.1  # seconds; no user is as fast
+TOGETHER = 0.1  # seconds; a user cannot send two signals this fast
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal has stopped the process where nothing is lost.
+    """A signal has stopped the process at a point where nothing is lost.
 
     Attributes:
-      number: the signal's.
-      standing: what is saved, in words.
+      number: of the signal.
+      standing: a description of what is saved.
     """
 
     def __init__(self, number: int, standing: str):
@@ -39,13 +39,13 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Signals:
-    """What this process knows of its signals.
+    """The state of this process's signals.
 
     Attributes:
-      acts: what each handled signal does in the end.
-      noted: signals that wait for a loop, or of which the first is acting; none stands twice.
-      loops: training loops that run.
-      has_trained: whether there was one.
+      acts: the action of each handled signal.
+      noted: distinct signals that wait for a loop, or whose first one is acting.
+      loops: number of running training loops.
+      has_trained: whether a training loop has run.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class _Signals:
         self.has_trained = False
 
     def receive(self, number: int, frame: Any) -> None:
-        """Python's handler."""
+        """Note a signal, and act outside of a training loop; a handler for `signal.signal`."""
         is_alone = not self.noted
         if number not in self.noted:
             self.noted.append(number)
@@ -67,7 +67,7 @@ class _Signals:
         self.act(standing)
 
     def act(self, standing: str) -> None:
-        """Do what the noted signals are for, in turn; one that returns may come again."""
+        """Run the actions of the noted signals in order; an action that returns may run again."""
         while self.noted:
             number = self.noted[0]
             self.acts[number](number, standing)
@@ -83,17 +83,17 @@ def is_asked() -> bool:
 
 
 def act(standing: str) -> None:
-    """Let the signals act that wait, if any.
+    """Run the actions of waiting signals, if any.
 
     Args:
-      standing: what is saved, in words.
+      standing: a description of what is saved.
     """
     _SIGNALS.act(standing)
 
 
 @contextlib.contextmanager
 def training() -> Iterator[None]:
-    """A loop, within which signals wait until it calls `act`; at its end they wait no longer."""
+    """Mark a training loop: signals wait until it calls `act` or ends."""
     _SIGNALS.loops += 1
     _SIGNALS.has_trained = True
     try:
@@ -108,9 +108,9 @@ def training() -> Iterator[None]:
 def at_entry_point() -> Iterator[None]:
     """In an entry point: SIGINT and SIGTERM raise `Stopped`; a second one ends the process at once.
 
-    The second one is taken by a thread, since Python's own handlers wait for a compiler's or a
-    step's return. Signals within `TOGETHER` are one: a program that starts others may signal both
-    the process and its group.
+    A thread handles the second one, since Python's own handlers wait until a compilation or a
+    step returns. Signals within `TOGETHER` count as one: a parent program may signal both the
+    process and its group.
     """
     with _handled(dict.fromkeys(NAMES, _stop)) as is_handled:
         if not is_handled or sys.platform == "win32":
@@ -129,9 +129,9 @@ def at_entry_point() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_a_job() -> Iterator[None]:
-    """In a job of submitit or Ray: their own handlers act once the step is saved.
+    """In a job of submitit or Ray: their own handlers act after the step is saved.
 
-    Submitit's of SIGUSR2 requeues the job; its handler of SIGTERM logs the signal and ignores it.
+    Submitit's handler of SIGUSR2 requeues the job; its handler of SIGTERM only logs the signal.
     """
     numbers = [signal.SIGTERM, *([signal.SIGUSR2] if hasattr(signal, "SIGUSR2") else [])]
     handlers = {number: signal.getsignal(number) for number in numbers}
@@ -140,9 +140,9 @@ def in_a_job() -> Iterator[None]:
 
 
 def end(stopped: KeyboardInterrupt) -> NoReturn:
-    """Say in one line what stands, and end the process now.
+    """Print one line on what is saved, and end the process now.
 
-    No exit handler of a library runs, which could crash it or print a traceback.
+    Exit handlers of libraries do not run: they could crash or print a traceback.
     """
     number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
     opening = "\n" if sys.stderr.isatty() else ""  # below a progress bar
@@ -156,7 +156,7 @@ def end(stopped: KeyboardInterrupt) -> NoReturn:
 
 
 def status_of(number: int) -> int:
-    """The exit status of a process that a signal has ended, as shells count it.
+    """The exit status of a process that a signal has ended, by the convention of shells.
 
     >>> status_of(signal.SIGINT), status_of(signal.SIGTERM)
     (130, 143)
@@ -166,7 +166,7 @@ def status_of(number: int) -> int:
 
 @contextlib.contextmanager
 def _handled(acts: Mapping[int, Act]) -> Iterator[bool]:
-    """Note these signals; False outside of the main thread, the only one that Python tells."""
+    """Handle these signals; False outside of the main thread, where Python has no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield False
         return
@@ -182,7 +182,7 @@ def _handled(acts: Mapping[int, Act]) -> Iterator[bool]:
 
 
 def _is_within_jax(frame: Any) -> bool:
-    """Whether JAX's own code runs, whose C++ may lose a callback's exception, or crash."""
+    """Whether JAX's own code is running; its C++ may lose a handler's exception, or crash."""
     while frame is not None:
         if frame.f_globals.get("__name__", "").partition(".")[0] in ("jax", "jaxlib"):
             return True
@@ -199,8 +199,8 @@ def _handler_act(handler: Callable[[int, Any], Any]) -> Act:
 
 
 def _watch(reading: int) -> None:
-    """End the process at the second signal that comes through a pipe; end with the pipe."""
-    first = math.inf  # when it came
+    """End the process at the second signal read from a pipe; return when the pipe closes."""
+    first = math.inf  # time of the first signal
     while received := os.read(reading, 64):
         if numbers := [number for number in received if number in NAMES]:
             if time.monotonic() - first > TOGETHER:
