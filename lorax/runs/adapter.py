@@ -1,4 +1,4 @@
-"""The files of an adapter: what a trial trained, and nothing of the frozen base."""
+"""The files of an adapter: a trial's trained parameters, without the frozen base."""
 
 import dataclasses
 from pathlib import Path
@@ -14,12 +14,12 @@ from lorax.runs.files import os_faults
 
 
 def save_adapter(path: Path, trainable: Any, spec: LoraSpec | None, about: dict[str, Any]) -> int:
-    """Write what a trial trained, and nothing of the frozen base.
+    """Write a trial's trained parameters, without the frozen base.
 
     Args:
-      path: a folder, replaced when present.
+      path: a folder, replaced if present.
       trainable: the trained side of `lorax.split`.
-      spec: rank, alpha, targets and all; None when no adapter was trained.
+      spec: rank, alpha, targets and so on; None if no adapter was trained.
       about: JSON-able facts, such as the base's source.
 
     Returns:
@@ -34,10 +34,10 @@ def save_adapter(path: Path, trainable: Any, spec: LoraSpec | None, about: dict[
 def load_adapter(path: Path) -> tuple[dict[str, jax.Array], LoraSpec | None, dict[str, Any]]:
     """(trained leaves by path, spec, facts) of `save_adapter`.
 
-    The leaves of targets are `lora.<target>.a` and `.b`; `lora_tree` puts them together.
+    The leaves of targets are `lora.<target>.a` and `.b`; `lora_tree` nests them.
 
     Raises:
-      LoraxError: no adapter there, or a damaged one.
+      LoraxError: the adapter is missing or damaged.
     """
     try:
         flat = ocp.load(path.absolute())
@@ -65,7 +65,7 @@ def lora_tree(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def head_tree(flat: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
-    """The trained head within the leaves of `load_adapter`; None: there is none.
+    """The trained head within the leaves of `load_adapter`; None without one.
 
     >>> head_tree({"lora.q.kernel.a": 1, "base.head.out.kernel": 2, "base.head.out.bias": 3})
     {'out': {'kernel': 2, 'bias': 3}}

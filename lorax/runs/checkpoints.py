@@ -1,7 +1,7 @@
-"""Orbax, for what a trial needs: resumable training state, and small adapters.
+"""Checkpoints by Orbax: resumable training state, and small adapters.
 
-Orbax writes a checkpoint beside its place and renames it when it is whole, so that one cut
-short is never taken for a checkpoint. The frozen base is never saved: its source is.
+Orbax writes a checkpoint to a temporary folder and renames it when it is complete, so a partial
+write never counts as a checkpoint. The frozen base is never saved; its source is.
 """
 
 import logging
@@ -25,7 +25,7 @@ class Checkpoints:
     """The checkpoints of one trial, newest last; two are kept.
 
     Args:
-      directory: made when missing; nothing else may live in it.
+      directory: created if missing; it may hold nothing else.
     """
 
     def __init__(self, directory: Path):
@@ -37,16 +37,16 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Write a pytree of arrays (None allowed) and a JSON-able record of where it stands."""
+        """Write a pytree of arrays (None allowed) and a JSON-able record of the progress."""
         with os_faults(self.directory):
             metadata = {"record": record}
             self._manager.save(step, flatten(state), custom_metadata=metadata, overwrite=True)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest readable (state, record); None when there is none.
+        """The newest readable (state, record); None without one.
 
-        A damaged checkpoint is set aside with a warning: an older one leads to the same
-        numbers, later.
+        A damaged checkpoint is moved aside with a warning: an older one gives the same numbers,
+        but takes longer.
 
         Args:
           like: a pytree of the structure and shapes that were saved.
@@ -64,14 +64,14 @@ class Checkpoints:
                 with os_faults(self.directory):
                     state = load(checkpoint.step)
                 metadata = self._manager.metadata(checkpoint.step).custom_metadata
-                if not metadata:  # Orbax takes a damaged record for an empty one
+                if not metadata:  # Orbax reads a damaged record as an empty one
                     raise ValueError("it does not say where training stood")
                 return state, dict(metadata["record"])
             except (FileNotFoundError, NotADirectoryError) as fault:
                 self._set_aside(checkpoint.step, fault)
             except (MemoryError, OSError, jax.errors.JaxRuntimeError):
-                raise  # the machine's fault: the checkpoint may well be whole
-            except Exception as fault:  # any kind of damage, and Orbax has no common base class
+                raise  # a fault of the machine: the checkpoint may be sound
+            except Exception as fault:  # any kind of damage; Orbax's errors share no base class
                 self._set_aside(checkpoint.step, fault)
         return None
 
@@ -84,7 +84,7 @@ class Checkpoints:
         log.warning("checkpoint is damaged, set aside as %s: %s", place, reason)
 
     def close(self) -> None:
-        """Release Orbax's threads, once; a write that failed is raised here, too."""
+        """Release Orbax's threads, once; also raises the fault of a failed write."""
         if self._is_open:
             self._is_open = False
             with os_faults(self.directory):
@@ -100,7 +100,7 @@ def _unflatten(flat: dict[str, Any], like: Any) -> Any:
     def leaf(path: tuple[Any, ...], want: Any) -> np.ndarray:
         name = leaf_path(path)
         found = np.asarray(flat[name])
-        if found.shape != np.shape(want):  # Orbax loads another shape without a word
+        if found.shape != np.shape(want):  # Orbax loads another shape silently
             raise ValueError(f"{name} has shape {found.shape}, expected {np.shape(want)}")
         return found
 

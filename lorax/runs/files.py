@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and faults of the disk in one line."""
+"""Atomic writes of files, and faults of the disk in one line."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ from lorax.errors import LoraxError
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that is whole or absent, whenever the process dies or the power goes."""
+    """Write a file atomically: after a kill or a power loss it is complete or absent."""
     partial = path.with_suffix(path.suffix + ".partial")
     with partial.open("w") as file:
         file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
@@ -24,7 +24,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def sync_all(path: Path) -> None:
-    """Have a file, or a folder and all that it holds, reach the disk."""
+    """Flush a file, or a folder and all its content, to the disk."""
     for held in path.rglob("*"):
         _sync(held)
     _sync(path)
@@ -32,14 +32,14 @@ def sync_all(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, reach the disk."""
-    if os.name == "nt":  # Windows opens no folders, and files for writing only
+    """Flush a file, or the entries of a folder, to the disk."""
+    if os.name == "nt":  # Windows cannot open folders, and needs a file open for writing
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as fault:
-        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no such thing
+        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems without fsync
             raise
     finally:
         os.close(handle)
@@ -47,7 +47,7 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Raise a file or disk that cannot be written as a LoraxError that names it."""
+    """Convert the fault of a file or disk that cannot be written to a LoraxError that names it."""
     try:
         yield
     except OSError as fault:
@@ -57,7 +57,7 @@ def writing(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def os_faults(path: Path) -> Iterator[None]:
-    """TensorStore reports a full disk as a ValueError of many lines: an OSError again."""
+    """Convert TensorStore's ValueError of many lines on a full disk to an OSError."""
     try:
         yield
     except ValueError as fault:

@@ -1,4 +1,4 @@
-"""One process a trial."""
+"""Locks on directories: one process per trial."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from lorax.errors import LoraxError
 
 
 def is_free(directory: Path) -> bool:
-    """Whether no other process holds a directory just now."""
+    """Whether no other process holds a directory now."""
     try:
         with locked(directory):
             return True
     except BusyError:
         return False
-    except OSError:  # not there yet; or not ours to write, which training will tell
+    except OSError:  # missing; or not writable, which training will report
         return True
 
 
@@ -25,11 +25,11 @@ class BusyError(LoraxError):
 
 @contextlib.contextmanager
 def locked(directory: Path, *, waits: bool = False) -> Iterator[None]:
-    """Hold a directory for this process; the system lets go of it when the process dies.
+    """Hold a directory for this process; the system releases it when the process dies.
 
     Args:
-      directory: has a file `lock`, which is made.
-      waits: for a process that holds it.
+      directory: its file `lock` is created.
+      waits: whether to wait for a process that holds it.
 
     Raises:
       BusyError: another process holds it.

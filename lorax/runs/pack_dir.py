@@ -1,7 +1,7 @@
 """The directory of a pack: its record, and its checkpoints while it trains.
 
-`<sweep>/packs/<name>/pack.json` says which trials share a program, so that the same command resumes
-with the same program after a kill.
+`<sweep>/packs/<name>/pack.json` lists the trials that share a program, so that the same command
+resumes with the same program after a kill.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ class PackRecord(TypedDict):
       trials: ids, in the order of their lanes.
       tokens_at_once: see `BatchedEngine`.
       lanes: see `BatchedEngine`.
-      predicted: what the planner expects.
-      planned_for: what the plan rests on; absent when training has begun.
-      is_over: it has ended, or another pack has taken its place.
-      measured: what it took.
+      predicted: the planner's predictions.
+      planned_for: the limits and devices that the plan assumes; absent once training has begun.
+      is_over: it has ended, or another pack has replaced it.
+      measured: its measured costs.
     """
 
     trials: list[str]
@@ -58,13 +58,13 @@ def read_record(folder: Path) -> PackRecord | None:
 
 
 def write_record(folder: Path, record: PackRecord) -> None:
-    """Write the record of a pack; its directory is made when missing."""
+    """Write the record of a pack; its directory is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, record)
 
 
 def is_planned(record: PackRecord) -> bool:
-    """Whether a pack is planned, and its training has not begun."""
+    """Whether a pack is planned and its training has not begun."""
     return "planned_for" in record and not record.get("is_over")
 
 
@@ -74,13 +74,13 @@ def close_record(folder: Path, record: PackRecord) -> None:
 
 
 def pack_dirs(sweeps: Sequence[Path]) -> list[Path]:
-    """The directories of all packs of some sweeps."""
+    """The directories of all packs of the given sweeps."""
     parents = {sweep / PACKS for sweep in sweeps}
     return sorted(path for parent in parents for path in parent.glob("*") if path.is_dir())
 
 
 def tidy(sweeps: Sequence[Path]) -> None:
-    """Close the packs that no trial resumes from; a kill just before a pack's end leaves such."""
+    """Close the packs that no trial resumes from, such as one killed just before its end."""
     for folder in pack_dirs(sweeps):
         record = read_record(folder)
         members = [folder.parents[1] / name for name in record["trials"]] if record else []
@@ -98,7 +98,7 @@ def tidy(sweeps: Sequence[Path]) -> None:
 
 
 def _is_closed_or_waits(record: PackRecord, members: Sequence[Path]) -> bool:
-    """Whether a pack is over, or some command has planned it and will train its trials."""
+    """Whether a pack is over, or is planned with trials that have not ended."""
     waits = is_planned(record) and any(sound_result(path) is None for path in members)
     return bool(record.get("is_over")) or waits
 

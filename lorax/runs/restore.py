@@ -1,4 +1,4 @@
-"""Reads where a trial was: its own newest checkpoint, or its place in a pack's."""
+"""Reads a trial's newest checkpoint: its own, or its part of a pack's."""
 
 import logging
 from contextlib import closing
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """A checkpoint: arrays, and the JSON record beside them.
+    """A checkpoint: arrays and their JSON record.
 
     Of one trial, `arrays` are `{"state": ..., "best": ...}` in its own shapes. Of a pack, they are
     stacked leaves by path, and `record["lanes"]` holds each trial's record by its id.
@@ -32,19 +32,19 @@ class Restored(NamedTuple):
         return max(record["progress"]["step"] for record in records)
 
 
-Packs = dict[Path, Restored | None]  # checkpoints of packs that were read already, by folder
+Packs = dict[Path, Restored | None]  # checkpoints of packs that were already read, by folder
 
 
 def restore(trial: Trial, like: Any, packs: Packs | None = None) -> Restored | None:
-    """The newest checkpoint that a trial has; None when it has none.
+    """The newest checkpoint of a trial; None without one.
 
     A pack keeps one checkpoint for all of its trials, padded and stacked. Each trial's directory
-    points to it, so that a trial can resume alone, or in another pack, as well.
+    points to it, so a trial can also resume alone or in another pack.
 
     Args:
       trial: locked by this process.
       like: `{"state": ..., "best": ...}` of the trial's own structure and shapes.
-      packs: filled in.
+      packs: a cache, which this function fills.
     """
     packs = {} if packs is None else packs
     found = [x for x in (_own(trial, like), _in_its_pack(trial, like, packs)) if x]
@@ -52,7 +52,7 @@ def restore(trial: Trial, like: Any, packs: Packs | None = None) -> Restored | N
 
 
 def point_to(trial: Trial, checkpoints: Path) -> None:
-    """Record in a trial's directory which pack's checkpoints it is in."""
+    """Record in a trial's directory which pack's checkpoints hold it."""
     if trial.pack_checkpoints() != checkpoints:
         write_json(trial.directory / POINTER, {"checkpoints": str(checkpoints.absolute())})
 
@@ -72,7 +72,7 @@ def trial_in_pack(pack: Restored, name: str, like: Any) -> Restored:
     Args:
       pack: of `read_pack`.
       name: the trial's id.
-      like: as of `restore`.
+      like: as in `restore`.
 
     Raises:
       LoraxError: a checkpoint of other shapes than `like`.

@@ -1,4 +1,4 @@
-"""`result.json`: what a trial that has ended says of itself."""
+"""`result.json`: the result of a trial that has ended."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ STATUSES = ("finished", "diverged", PRUNED)
 class Evaluation(TypedDict):
     """The dev metrics at a step.
 
-    `constant` is there, and true, if every example of the first dev split got one prediction.
+    `constant` is present, and true, if all examples of the first dev split got the same prediction.
     """
 
     step: int
@@ -27,7 +27,7 @@ class Evaluation(TypedDict):
 
 
 class Pruned(TypedDict):
-    """When, and after what comparison, halving ended a trial."""
+    """The step at which halving ended a trial, and the comparison that decided it."""
 
     step: int
     rung: int
@@ -37,7 +37,7 @@ class Pruned(TypedDict):
 
 
 class Costs(TypedDict):
-    """What a trial took; times are shares of the process's time. None where it was not measured."""
+    """The costs of a trial; times are its share of the process's time. None if not measured."""
 
     seconds_per_step: float | None
     seconds_total: float
@@ -93,10 +93,10 @@ class Result(Costs, Counts):
 
 
 def read_result(directory: Path) -> Result | None:
-    """The result of a trial that has ended; None while it has not, or if a part of it is missing.
+    """The result of a trial that has ended; None if it has not, or if a part of it is missing.
 
     Raises:
-      LoraxError: a file that is there and cannot be read, or is not the JSON of a result.
+      LoraxError: an existing file cannot be read, or is not the JSON of a result.
     """
     result = _stored_result(directory)
     return None if result is None or missing_parts(directory, result) else result
@@ -119,7 +119,7 @@ def _stored_result(directory: Path) -> Result | None:
 
 
 def _fault_of(result: Any) -> str | None:
-    """What is wrong with a result's JSON, in a few words; None for nothing."""
+    """The fault of a result's JSON, in a few words; None if it is sound."""
     status = _entry(result, ["status"])
     if status not in STATUSES:
         return f"its status is none of {', '.join(STATUSES)}"
@@ -136,7 +136,7 @@ def _fault_of(result: Any) -> str | None:
 
 
 def _entry(value: Any, path: list[Any]) -> Any:
-    """The entry of nested objects; an Ellipsis, which JSON does not have, where there is none."""
+    """The entry at a path of nested objects; Ellipsis, which JSON lacks, if there is none."""
     for name in path:
         is_there = isinstance(value, dict) and isinstance(name, str) and name in value
         value = value[name] if is_there else ...
@@ -144,7 +144,7 @@ def _entry(value: Any, path: list[Any]) -> Any:
 
 
 def sound_result(directory: Path) -> Result | None:
-    """The result as `read_result` gives it; None for a damaged one, too."""
+    """The result of `read_result`; None also for a damaged one."""
     try:
         return read_result(directory)
     except LoraxError:
@@ -152,13 +152,13 @@ def sound_result(directory: Path) -> Result | None:
 
 
 def missing_parts(directory: Path, result: Result) -> list[str]:
-    """The files that an ended trial leaves and that are not there; a diverged one's adapter may."""
+    """The missing ones of an ended trial's files; a diverged trial may lack its adapter."""
     parts = ["config.json"] if result["status"] == "diverged" else ["config.json", "adapter"]
     return [name for name in parts if not (directory / name).exists()]
 
 
 def drop_incomplete(directory: Path) -> None:
-    """Delete the result of a trial of which a part is missing, with a warning: it runs again."""
+    """Delete, with a warning, the result of a trial that misses a part: the trial runs again."""
     result = _stored_result(directory)
     if result and (missing := missing_parts(directory, result)):
         words = "%s has a result, but no %s: the trial is run again"

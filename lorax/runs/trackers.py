@@ -1,4 +1,4 @@
-"""Where a trial's numbers go: always JSONL, and W&B when asked."""
+"""Trackers of a trial's records: always JSONL, and W&B on request."""
 
 import contextlib
 import dataclasses
@@ -21,35 +21,35 @@ from lorax.runs.trial import METRICS, Trial
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
-PENDING = "wandb-pending.json"  # in a trial's directory, until W&B has the trial's end
-FAILED, INTERRUPTED = 1, 255  # exit codes of a run, as W&B itself gives them
-LONGEST = 128  # characters that W&B takes for a name
+PENDING = "wandb-pending.json"  # in a trial's directory until W&B has received the trial's end
+FAILED, INTERRUPTED = 1, 255  # exit codes of a run, by W&B's convention
+LONGEST = 128  # characters that W&B accepts in a name
 FINISH_SECONDS = 300.0
-_REFUSALS: list[str] = []  # why W&B's server was not reached from this process
+_REFUSALS: list[str] = []  # reasons why this process did not reach W&B's server
 
 
 class Tracker(Protocol):
-    """What the loop tells about."""
+    """A receiver of the training loop's records."""
 
     def log(self, record: Record) -> None:
-        """One record; `step` counts optimizer steps and `kind` says what was measured."""
+        """Log one record; `step` counts optimizer steps and `kind` names what was measured."""
 
     def finish(self, summary: Record, adapter: Path | None) -> None:
-        """The trial's end: its result and its adapter's folder."""
+        """Log the trial's end: its result and its adapter's folder."""
 
     def close(self, exit_code: int = 0) -> None:
-        """Let go without an end: the trial goes on elsewhere, or later if `exit_code` is not 0."""
+        """Close before the trial's end; it continues, after a fault if `exit_code` is not 0."""
 
 
 class Jsonl:
-    """`metrics.jsonl`: a line a record, each handed to the system when `log` returns.
+    """`metrics.jsonl`: one line per record, passed to the system when `log` returns.
 
-    The lines hold nothing that depends on the clock: a trial that was killed and went on
-    leaves the same file, byte for byte, as one that was not.
+    The lines hold nothing that depends on the clock: a trial that was killed and resumed leaves
+    the same file, byte for byte, as one that was not.
 
     Args:
-      path: the file; its records after `step`, of a run that was cut off, are dropped.
-      step: the step that training goes on from.
+      path: the file; records after `step`, which a killed run has left, are dropped.
+      step: the step that training resumes from.
     """
 
     def __init__(self, path: Path, step: int = 0):
@@ -77,15 +77,14 @@ class Jsonl:
 class Wandb:
     """A W&B run of one trial: offline unless a key is set or WANDB_MODE says otherwise.
 
-    Where the server cannot be reached or refuses, this run and the process's later ones are
-    offline, too.
+    If the server cannot be reached or refuses, this run and later ones of the process are
+    offline too.
 
     Args:
       config: project and entity.
       directory: the trial's; W&B's files go under it.
-      trial: the resolved config, and under `trial_id` and `sweep.name` the run's name and
-        group.
-      step: the step that training goes on from; from 0 it is a new run.
+      trial: the resolved config; its `trial_id` and `sweep.name` are the run's name and group.
+      step: the step that training resumes from; 0 starts a new run.
     """
 
     def __init__(self, config: TrackingConfig, directory: Path, trial: dict[str, Any], step: int):
@@ -112,7 +111,7 @@ class Wandb:
                 "W&B cannot be reached (%s): runs are kept offline; `wandb sync` sends them",
                 _REFUSALS[0],
             )
-            options["id"] = _run_id(directory, trial["trial_id"], 0)  # the client holds the other
+            options["id"] = _run_id(directory, trial["trial_id"], 0)  # the client has the old id
             self._run = wandb.init(mode="offline", **options)
         self._run.define_metric("*", step_metric="optimizer_step")
 
@@ -138,20 +137,20 @@ class Wandb:
         self.close(FAILED if summary["status"] == "diverged" else 0)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the run; the same trial goes on under the same id."""
+        """End the run; the same trial resumes under the same id."""
         self._run.finish(exit_code=exit_code)
 
 
 class Guarded:
-    """A tracker whose faults cost no trial: each trial's first is a warning and ends its tracking.
+    """A tracker whose faults stop no trial: the first fault is a warning and ends the tracking.
 
-    `wandb-pending.json` in the trial's directory tells from which step on the tracker has missed
-    records. Opening the trial again, or `catch_up` after its end, sends them.
+    `wandb-pending.json` in the trial's directory records the step after which the tracker has
+    missed records. Opening the trial again, or `catch_up` after its end, sends them.
 
     Args:
       directory: the trial's, with its `metrics.jsonl`.
-      step: the step that training goes on from.
-      start: opens the tracker of a trial that goes on from a step.
+      step: the step that training resumes from.
+      start: opens the tracker of a trial that resumes from a given step.
     """
 
     def __init__(self, directory: Path, step: int, start: Callable[[int], Tracker]):
@@ -167,7 +166,7 @@ class Guarded:
 
     def log(self, record: Record) -> None:
         """Pass a record on."""
-        self._told = max(self._told, record["step"] - 1)  # a step has several records
+        self._told = max(self._told, record["step"] - 1)  # a step may have more records to come
         with self._guard() as tracker:
             tracker.log(record)
 
@@ -175,7 +174,7 @@ class Guarded:
         """Pass the end on."""
         with self._guard() as tracker:
             tracker.finish(summary, adapter)
-            if self._tracker:  # one that has failed has not told the end
+            if self._tracker:  # a failed tracker has not sent the end
                 (self._directory / PENDING).unlink(missing_ok=True)
 
     def close(self, exit_code: int = 0) -> None:
@@ -189,7 +188,7 @@ class Guarded:
         try:
             with _quiet_logs():
                 yield tracker
-        except Exception as fault:  # of W&B, the network or the disk: no common base class
+        except Exception as fault:  # from W&B, the network or the disk; they share no base class
             self._tracker = None
             with contextlib.suppress(Exception), _quiet_logs():
                 tracker.close(FAILED)
@@ -240,7 +239,7 @@ class Both:
 
 
 def open_tracker(trial: Trial, config: TrialConfig, step: int) -> Tracker:
-    """The trackers of a trial that starts at, or resumes from, a step.
+    """The trackers of a trial that starts at a step or resumes from it.
 
     Args:
       trial: the trial.
@@ -254,7 +253,7 @@ def open_tracker(trial: Trial, config: TrialConfig, step: int) -> Tracker:
 
 
 def catch_up(trial: Trial) -> None:
-    """Send W&B what it missed of a trial that has ended: records, summary and artifact."""
+    """Send W&B the missing records, summary and artifact of a trial that has ended."""
     directory = trial.directory
     if trial.config.tracking.kind != "wandb" or not (directory / PENDING).exists():
         return
@@ -274,7 +273,7 @@ def _guarded_wandb(trial: Trial, config: TrialConfig, step: int) -> Guarded:
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """The whole records of a file; a last line cut short by a kill is left out.
+    """The complete records of a file, without a last line that a kill has truncated.
 
     Raises:
       LoraxError: a line that is not the JSON of a record.
@@ -298,7 +297,7 @@ def read_jsonl(path: Path) -> list[Record]:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for a number that is none, at any depth."""
+    """The value with None for each number that is not finite, at any depth: JSON has no NaN."""
     if isinstance(value, dict):
         return {name: finite(item) for name, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
@@ -311,9 +310,9 @@ def _line(record: Record) -> str:
 
 
 def _run_id(directory: Path, name: str, step: int) -> str:
-    """The run's id, kept in the trial's folder: the same trial elsewhere is another run.
+    """The run's id, kept in the trial's folder: the same trial in another folder is another run.
 
-    A trial that starts over has a new one, since W&B drops steps that a run has passed already.
+    A trial that starts over gets a new id, since W&B drops steps that a run has already passed.
     """
     path = directory / "wandb" / "run-id"
     path.parent.mkdir(exist_ok=True)
@@ -323,7 +322,7 @@ def _run_id(directory: Path, name: str, step: int) -> str:
 
 
 def _legal(name: str, longest: int = LONGEST) -> str:
-    """A name in characters that W&B takes; of a long one the end stays, which holds the hash.
+    """A name in characters that W&B accepts; a long name keeps its end, which has the hash.
 
     >>> _legal("adapter-r8-qv+mlp-lr1e+06-s0-0123abcd")
     'adapter-r8-qv_mlp-lr1e_06-s0-0123abcd'
@@ -332,12 +331,12 @@ def _legal(name: str, longest: int = LONGEST) -> str:
 
 
 def _note(directory: Path, told: int | None) -> None:
-    """Note that W&B lacks the trial's end, and from which step on the rest, after a fault."""
+    """Record that W&B lacks the trial's end and, after a fault, the last step that it has."""
     (directory / PENDING).write_text(json.dumps({"told": told}) + "\n")
 
 
 def _told(directory: Path, otherwise: int) -> int:
-    """The step up to which W&B was told of a trial, as noted."""
+    """The recorded step up to which W&B has a trial's records."""
     try:
         told = json.loads((directory / PENDING).read_text())["told"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -347,7 +346,7 @@ def _told(directory: Path, otherwise: int) -> int:
 
 @contextlib.contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """On a full disk, `logging` would print a traceback for each line of W&B's own debug log."""
+    """Silence `logging`'s own tracebacks: a full disk causes one per line of W&B's debug log."""
     before, logging.raiseExceptions = logging.raiseExceptions, False
     try:
         yield
@@ -361,7 +360,7 @@ def _reason(fault: Exception) -> str:
 
 
 def _mode() -> Literal["online", "offline"] | None:
-    """W&B's mode; None where the environment says it."""
+    """W&B's mode; None if the environment sets it."""
     if _REFUSALS:
         return "offline"
     if "WANDB_MODE" in os.environ:
@@ -370,7 +369,7 @@ def _mode() -> Literal["online", "offline"] | None:
 
 
 def _patience() -> dict[str, Any]:
-    """How long a run's end waits for uploads: for ever is W&B's default, without a network, too."""
+    """Settings that limit the wait for uploads: W&B waits forever, even without a network."""
     if "WANDB_FINISH_TIMEOUT" in os.environ:
         return {}
     return {"finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}

@@ -1,4 +1,4 @@
-"""A trial as the disk knows it: its config, its directory, its lock and its result."""
+"""A trial on disk: its config, its directory, its lock and its result."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ class Trial:
     `Trial.of(config)` hashes the config once. Two trials are equal if they lie in one directory.
 
     Attributes:
-      config: what is trained.
+      config: of the training.
       directory: `<output_dir>/<sweep.name>/<trial id>`.
     """
 
@@ -59,13 +59,13 @@ class Trial:
 
     @property
     def adapter(self) -> Path:
-        """The folder of what it has trained."""
+        """The folder of its trained parameters."""
         return self.directory / ADAPTER
 
     def result(self) -> Result | None:
-        """Its result; None while it is to be trained, or trained further.
+        """Its result; None while it is still to be trained.
 
-        A trial that halving pruned has ended for a sweep with halving, and not for others.
+        A trial that halving has pruned counts as ended only in a sweep with halving.
 
         Raises:
           LoraxError: a result that cannot be read.
@@ -76,7 +76,7 @@ class Trial:
 
     @property
     def is_open(self) -> bool:
-        """Whether it is to be trained, or trained further."""
+        """Whether it is still to be trained, from its start or further."""
         return self.result() is None
 
     @property
@@ -91,7 +91,7 @@ class Trial:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Hold the directory, which is made when missing.
+        """Hold the directory, which is created if missing.
 
         Raises:
           BusyError: another process holds it.
@@ -113,7 +113,7 @@ class Trial:
 def pointed_to(directory: Path) -> Path | None:
     """The folder of the pack's checkpoints that a trial's directory points to, if any.
 
-    It is looked for beside the trial's sweep, so that an output directory may move.
+    It is searched in the trial's sweep, so that an output directory may move.
     """
     try:
         noted = Path(json.loads((directory / POINTER).read_text())["checkpoints"])
