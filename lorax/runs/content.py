@@ -92,6 +92,11 @@ def checked_content(config: TrialConfig) -> Content:
             f"train.dropout_generator={named.masks}: this version draws the masks of dropout by "
             f"{now.masks}; leave the setting out, to train another trial"
         )
+    if named.masks and now.base and now.masks is None:
+        raise LoraxError(
+            f"train.dropout_generator={named.masks}: this trial draws no masks, as its rates of "
+            "dropout are 0; leave the setting out"
+        )
     if parts:
         raise LoraxError(
             f"{_places(config, parts)} changed since the command was given: give it again, to "

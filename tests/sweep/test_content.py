@@ -331,3 +331,11 @@ def test_a_generator_that_is_not_this_versions_is_refused(own, tmp_path):
     trial = own.trial(tmp_path, model={"dropout": 0.1}, train={"dropout_generator": "threefry"})
     with pytest.raises(LoraxError, match=r"train\.dropout_generator=threefry: this version draws"):
         check_trial(trial)
+
+
+def test_a_generator_in_a_trial_without_dropout_is_refused(own, tmp_path):
+    trial = own.trial(tmp_path, train={"dropout_generator": GENERATOR})
+    with pytest.raises(
+        LoraxError, match=r"train\.dropout_generator=\w+: this trial draws no masks"
+    ):
+        check_trial(trial)
