@@ -1,4 +1,4 @@
-"""Which trials can share a program: those that differ in data alone."""
+"""Groups of trials that can share a program: those that differ in data only."""
 
 import dataclasses
 import json
@@ -15,10 +15,10 @@ Settings = dict[str, Any]
 
 
 def program_settings(trial: TrialConfig) -> Settings:
-    """What the trials of a pack have in common: task, model, steps, batches, variant, place.
+    """The settings that all trials of a pack share: task, model, steps, batches, variant, place.
 
     Rank, alpha, scale law, targets, initialiser, the whole optimizer, its schedule and the seed
-    are data, and not among them.
+    are data and may differ.
     """
     settings: Settings = {"output_dir": trial.output_dir, "sweep.name": trial.sweep.name}
     settings |= effective(
@@ -52,10 +52,10 @@ def group_trials(trials: Sequence[TrialConfig]) -> list[list[int]]:
 
 
 def group_for_jobs(trials: Sequence[TrialConfig]) -> list[list[int]]:
-    """As `group_trials`, in parts of at most `sweep.max_trials`: a job of a cluster each.
+    """As `group_trials`, in parts of at most `sweep.max_trials`, one part for each cluster job.
 
-    It needs neither weights nor devices, so that a login node can do it; each job plans what it
-    gets on its own device.
+    It needs neither weights nor devices, so it can run on a login node. Each job plans its part
+    on its own device.
     """
     return [
         part
@@ -65,7 +65,7 @@ def group_for_jobs(trials: Sequence[TrialConfig]) -> list[list[int]]:
 
 
 def even_parts(items: Sequence[int], most: int) -> list[list[int]]:
-    """Items cut into the fewest parts of at most `most`, of like sizes.
+    """Items split into the fewest parts of at most `most` items, of similar sizes.
 
     >>> even_parts(range(7), 3)
     [[0, 1, 2], [3, 4], [5, 6]]
@@ -77,7 +77,7 @@ def even_parts(items: Sequence[int], most: int) -> list[list[int]]:
 
 
 def why_apart(trials: Sequence[TrialConfig]) -> str:
-    """In which settings trials of several programs differ; empty for one program.
+    """The settings in which trials of several programs differ; empty for one program.
 
     >>> why_apart([TrialConfig(), TrialConfig(seed=1)])
     ''

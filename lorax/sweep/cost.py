@@ -1,4 +1,4 @@
-"""What a pack would cost: memory from XLA, time from FLOPs and one measured step."""
+"""Predicted costs of a pack: memory from XLA, time from FLOPs and one measured step."""
 
 import math
 import time
@@ -26,7 +26,7 @@ SPARE = 0.9  # of the memory that is free: the rest is for what XLA does not cou
 
 @dataclass(frozen=True)
 class Size:
-    """An adapter's size, as far as cost goes.
+    """The size of an adapter, for the prediction of costs.
 
     Attributes:
       rank: of its largest target, as stored.
@@ -39,12 +39,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Probe:
-    """One lane's step, measured once: what predictions of time rest on.
+    """One measured step of one lane, from which times are predicted.
 
     Attributes:
       compile_seconds: of the step of one batch shape.
-      seconds_per_token: padding counted as tokens.
-      adapter_flops: a token, of the adapter that was measured.
+      seconds_per_token: padding counts as tokens.
+      adapter_flops: FLOPs per token of the measured adapter.
     """
 
     compile_seconds: float
@@ -70,9 +70,9 @@ def _size_of(trial: TrialConfig) -> Size:
 
 
 def measure_probe(work: Workload) -> Probe:
-    """Compile and time the step of one trial in the shape that most steps have.
+    """Compile and time the step of one trial in the most frequent shape.
 
-    On a mesh, of one trial on each of the devices that trials are spread over.
+    On a mesh, time one trial on each device of the `trial` axis.
     """
     rows = max(work.shapes, key=lambda rows: work.shapes[rows])
     mesh = mesh_of(work.config)
@@ -99,7 +99,7 @@ def pack_memory(
 ) -> tuple[int, int]:
     """(bytes of the pack's step in its largest shape, lanes side by side in it).
 
-    The program is compiled, and not run; training finds it in the cache.
+    The program is compiled but not run; training finds it in the cache.
     """
     engine, setup = _engine(trials, tokens_at_once=tokens_at_once, lanes=lanes)
     work = Workload.of(trials[0])
@@ -113,7 +113,7 @@ def pack_memory(
 def _engine(
     trials: Sequence[TrialConfig], *, tokens_at_once: int, lanes: int | None
 ) -> tuple[BatchedEngine, Setup]:
-    """An engine that is not trained with, and a trial's setup.
+    """An engine for planning only, and a trial's setup.
 
     Trials of one shape start from the same numbers.
     """
@@ -139,12 +139,12 @@ def _split(work: Workload, setup: Setup, program: Program, mesh: Mesh | None = N
 
 
 def trial_memory(trial: TrialConfig) -> int:
-    """Bytes of a trial's own step in its largest shape; compiled, and not run."""
+    """Bytes of a trial's own step in its largest shape; compiled but not run."""
     return largest_step(trial)[0].memory_bytes
 
 
 def largest_step(trial: TrialConfig) -> tuple[StepCost, tuple[State, Frozen, Hyper, Any]]:
-    """(cost, arguments) of a trial's own step in its largest shape; compiled, and not run."""
+    """(cost, arguments) of a trial's own step in its largest shape; compiled but not run."""
     setup, hyper = prepare(trial), hyper_of(trial)
     state = init_state(setup.trainable, hyper, setup.dropout_key)
     work = Workload.of(trial)
@@ -162,9 +162,9 @@ def largest_step(trial: TrialConfig) -> tuple[StepCost, tuple[State, Frozen, Hyp
 
 
 def memory_limit(trial: TrialConfig) -> int:
-    """Bytes that a pack may take: as set, or nine tenths of what there is.
+    """Bytes that a pack may take: as set, or else 90% of the available memory.
 
-    That is a device's memory where it tells, else what the machine has left.
+    That is the memory that the device reports, or else the free host memory.
     """
     if trial.sweep.memory_limit_gib is not None:
         return int(trial.sweep.memory_limit_gib * GIB)

@@ -1,4 +1,4 @@
-"""Trials whose files on disk are damaged: they are left out, and the others are trained."""
+"""Trials with damaged files on disk: the sweep leaves them out and trains the others."""
 
 import logging
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 def without_damaged(trials: Sequence[Trial]) -> tuple[list[Trial], dict[Trial, LoraxError]]:
-    """The trials whose files are sound or not there yet, and the faults of the others.
+    """The trials whose files are sound or do not exist yet, and the faults of the others.
 
-    A trial without a result needs sound records where it resumes from a checkpoint. The faults are
-    logged, so that the trials can be mended while the others are trained.
+    A trial that resumes from a checkpoint needs sound records. The faults are logged, so that the
+    user can repair the trials while the others train.
     """
     sound, damaged = [], {}
     for trial in trials:
@@ -31,7 +31,7 @@ def without_damaged(trials: Sequence[Trial]) -> tuple[list[Trial], dict[Trial, L
 
 
 def left_out(damaged: dict[Trial, LoraxError]) -> LoraxError:
-    """One fault for the trials that a sweep has left out because their results are damaged."""
+    """One fault for all trials that a sweep has left out because their results are damaged."""
     first, *others = damaged.values()
     verb = "is" if len(others) == 1 else "are"
     more = f"; so {verb} {counted(len(others), 'other result')} of this sweep" if others else ""

@@ -1,8 +1,8 @@
 """Successive halving inside a pack: poor trials end early, and the pack shrinks.
 
 As in Jamieson and Talwalkar (2016, 1502.07943), with the asynchronous variant's (Li et al. 2018,
-1810.05934) rungs at `after * eta**k` optimizer steps; a pack's lanes are in lockstep, so that no
-trial has to wait for another.
+1810.05934) rungs at `after * eta**k` optimizer steps. A pack's lanes train in lockstep, so no
+trial waits for another.
 """
 
 import math
@@ -14,7 +14,7 @@ from lorax.train.run import Run
 
 
 def judge(loop: Loop, engine: BatchedEngine) -> None:
-    """After an evaluation: prune the poor trials at a rung; drop the lanes that have ended."""
+    """After an evaluation, prune the poor trials at a rung and drop lanes that have ended."""
     halving = loop.runs[0].config.sweep.halving
     number = rung(halving, loop.step, loop.train.eval_every or loop.batches_per_epoch)
     if number and loop.step < loop.total_steps:
@@ -23,7 +23,7 @@ def judge(loop: Loop, engine: BatchedEngine) -> None:
 
 
 def rung(halving: HalvingConfig, step: int, every: int) -> int | None:
-    """The number of the rung at the evaluation at `step`, from 1; None for none.
+    """The number of the rung at the evaluation at `step`, from 1; None if there is no rung.
 
     A rung that lies between two evaluations, `every` steps apart, is judged at the later one.
 
@@ -45,9 +45,9 @@ def _rungs_until(halving: HalvingConfig, step: int) -> int:
 
 
 def prune(runs: list[Run], eta: int, step: int, number: int) -> None:
-    """Mark the trials that end: all but the best `1/eta` by their best dev metric so far.
+    """Mark the trials to prune: all but the best `1/eta` by their best dev metric so far.
 
-    Diverged trials count as the worst; of equals the earlier one continues.
+    Diverged trials count as the worst; in a tie the earlier trial continues.
     """
     compared = [run for run in runs if not run.progress.cut]
     order = sorted(compared, key=lambda run: -_signed_best(run))
@@ -68,7 +68,7 @@ def _signed_best(run: Run) -> float:
 
 
 def shrink(loop: Loop, engine: BatchedEngine) -> None:
-    """Drop the lanes of runs that have ended, once they are half of the pack or more."""
+    """Drop the lanes of ended runs once they are at least half of the pack."""
     alive = [n for n, run in enumerate(loop.runs) if run.is_alive]
     if not alive or 2 * len(alive) > len(loop.runs) + 1 or len(alive) == len(loop.runs):
         return

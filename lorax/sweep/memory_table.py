@@ -1,4 +1,4 @@
-"""What a training step holds in memory, by kind, beside full fine-tuning and cheaper bases."""
+"""The memory of a training step by kind, compared with full fine-tuning and cheaper bases."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
@@ -32,7 +32,7 @@ class Memory:
       trained: adapter and head; all weights in full fine-tuning.
       optimizer: its state.
       batch: tokens and labels.
-      temporary: activations and gradients, as XLA plans to hold them at once.
+      temporary: activations and gradients that XLA's plan holds at the same time.
     """
 
     base: int
@@ -43,12 +43,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all kinds."""
         return sum(astuple(self))
 
 
 def memory_of(trial: TrialConfig) -> Memory:
-    """The memory of a trial's step: sizes of its arrays, and XLA's plan of the compiled step.
+    """The memory of a trial's step, from the sizes of its arrays and XLA's plan of the program.
 
     Nothing is trained.
 
@@ -71,7 +71,7 @@ def _bytes(tree: Any) -> int:
 
 
 def alternatives(trial: TrialConfig) -> dict[str, TrialConfig]:
-    """The trial beside full fine-tuning, and with each setting that lowers memory."""
+    """The trial, the same by full fine-tuning, and with each setting that lowers memory."""
     full = replace(trial.train, mode="full", base_dtype="fp32", pad_rank=None)
     found = {"full fine-tuning": replace(trial, train=full)}
     if trial.train.mode == "full":
@@ -85,7 +85,7 @@ def alternatives(trial: TrialConfig) -> dict[str, TrialConfig]:
 
 
 def memory_table(found: Mapping[str, Memory]) -> str:
-    """Megabytes by kind, in Markdown; the last column is the first row's total over each."""
+    """Megabytes by kind, in Markdown; the last column is the first row's total over each row's."""
     most = next(iter(found.values())).total
     columns = ("MB", *(field.name for field in fields(Memory)), "total", "times less")
     return table(columns, [_row(name, memory, most) for name, memory in found.items()])

@@ -28,9 +28,9 @@ class Pack:
 
     Attributes:
       trials: in the order of their lanes.
-      tokens_at_once: how many lanes are computed side by side; see `BatchedEngine`.
+      tokens_at_once: tokens that lanes side by side may have together; see `BatchedEngine`.
       lanes: number of lanes side by side, whatever their tokens.
-      predicted: what the planner expects; for the plan's table.
+      predicted: the planner's predictions, for the plan's table.
     """
 
     trials: tuple[Trial, ...]
@@ -47,7 +47,7 @@ class Pack:
     def name(self) -> str:
         """The number of its trials, and a hash of their ids in order.
 
-        How many lanes are side by side may change while it trains.
+        The number of lanes side by side is not part of it, as it may change in training.
         """
         content = json.dumps(self.ids)
         return f"{len(self.trials)}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
@@ -59,12 +59,12 @@ class Pack:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the states of all of its trials are kept while it trains."""
+        """The folder of the states of all its trials while it trains."""
         return self.directory / CHECKPOINTS
 
     @property
     def record(self) -> PackRecord:
-        """What its directory keeps of it."""
+        """Its record in its directory."""
         return {
             "trials": self.ids,
             "tokens_at_once": self.tokens_at_once,
@@ -74,7 +74,7 @@ class Pack:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it was trained by an earlier command, or by this one."""
+        """Whether its training has begun, by this command or an earlier one."""
         record = read_record(self.directory)
         return record is not None and not is_planned(record)
 
@@ -84,9 +84,9 @@ class Pack:
 
 
 def record_plan(packs: Sequence[Pack], trials: Sequence[Trial]) -> None:
-    """Record packs before the first of them trains, so that a kill leaves the plan of the rest.
+    """Record packs before the first one trains, so that the plan survives a kill.
 
-    An earlier plan for the same trials is closed: two plans must not hold one trial. The caller
+    Earlier plans for the same trials are closed: two plans must not contain one trial. The caller
     holds the lock of the folder of packs.
 
     Args:
@@ -104,7 +104,7 @@ def record_plan(packs: Sequence[Pack], trials: Sequence[Trial]) -> None:
 
 
 def planning_of(trials: Sequence[Trial]) -> dict[str, Any]:
-    """What the plan of a pack rests on besides its trials: limits of the sweep, and devices."""
+    """What a pack's plan depends on besides its trials: the sweep's limits, and the devices."""
     sweep = trials[0].config.sweep
     return {
         "max_trials": min(trial.config.sweep.max_trials for trial in trials),
@@ -116,10 +116,10 @@ def planning_of(trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def recorded_packs(trials: Sequence[Trial]) -> list[Pack]:
-    """The packs on disk that are to be trained as they were, all of whose trials are asked for.
+    """The packs on disk to train unchanged, if the sweep contains all of their trials.
 
-    These are packs that were killed, and planned ones of which no trial has ended since, if the
-    plan rests on the same limits and devices.
+    These are killed packs, and planned packs whose plan has the same limits and devices and none
+    of whose trials has ended since.
     """
     asked = {trial.directory: trial for trial in trials}
     packs = []
@@ -138,7 +138,7 @@ def recorded_packs(trials: Sequence[Trial]) -> list[Pack]:
 
 
 def sweep_dirs(trials: Sequence[Trial]) -> list[Path]:
-    """The directories of the sweeps that some trials belong to."""
+    """The directories of the trials' sweeps."""
     return list(dict.fromkeys(trial.sweep_dir for trial in trials))
 
 

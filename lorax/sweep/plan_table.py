@@ -1,4 +1,4 @@
-"""`sweep.plan=true`: how trials would be packed, what it would cost, what it did cost."""
+"""`sweep.plan=true`: the packs of a sweep, with their predicted and measured costs."""
 
 import sys
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def show_plan_if_asked(trials: Sequence[TrialConfig]) -> None:
     """With `sweep.plan=true`, print the plan and end the process.
 
     Raises:
-      SystemExit: status 0, when it was asked for.
+      SystemExit: status 0, after the plan is printed.
     """
     if any(trial.sweep.plan for trial in trials):
         print_plan(trials)
@@ -27,7 +27,7 @@ def show_plan_if_asked(trials: Sequence[TrialConfig]) -> None:
 
 
 def print_plan(trials: Sequence[TrialConfig]) -> None:
-    """Print the plan of all trials, ended ones included, with what was measured in earlier runs.
+    """Print the plan of all trials, including ended ones, with measurements of earlier runs.
 
     Raises:
       LoraxError: as `lorax.sweep.run_packed`.

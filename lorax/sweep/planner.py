@@ -1,4 +1,4 @@
-"""Which trials of a group go into which pack: rank buckets, pack sizes, lanes side by side."""
+"""Plans the packs of a group of trials: rank buckets, pack sizes, lanes side by side."""
 
 import math
 from collections.abc import Sequence
@@ -23,20 +23,20 @@ from lorax.sweep.pack import Pack
 from lorax.sweep.workload import Workload
 from lorax.train.batched_engine import trains_alone
 
-CPU_TOKENS = 1024  # side by side: beyond it a CPU's caches overflow (docs/sweeps.md)
+CPU_TOKENS = 1024  # side by side; more overflow a CPU's caches (docs/sweeps.md)
 NEGLIGIBLE = 0.05  # padding worth this share of the work is not worth another program
 
 
 def plan_packs(trials: Sequence[Trial], *, with_times: bool = False) -> list[Pack]:
     """Packs for trials that can share a program.
 
-    Ranks are cut into buckets where padding would cost more than another compilation; each
-    bucket into packs of at most `sweep.max_trials`, of like size; each pack's lanes side by side
-    are lowered until its program fits the memory limit.
+    Ranks are split into buckets where padding would cost more than another compilation. Each
+    bucket is split into packs of at most `sweep.max_trials`, of similar sizes. The number of
+    lanes side by side is lowered until the pack's program fits the memory limit.
 
     Args:
       trials: of one group of `group_trials`.
-      with_times: predict times too, which takes the measurement of a step.
+      with_times: also predict times, which requires measuring a step.
 
     Raises:
       LoraxError: a single trial that needs more memory than the limit.
@@ -57,13 +57,13 @@ def plan_packs(trials: Sequence[Trial], *, with_times: bool = False) -> list[Pac
 
 
 def rank_buckets(sizes: Sequence[Size], worth: float) -> list[list[int]]:
-    """Adapters cut into buckets by size, so that padding and compiling together cost least.
+    """Adapters split into buckets by size, with the least total cost of padding and compilation.
 
-    In a bucket every adapter costs what the largest does.
+    In a bucket every adapter costs as much as the largest.
 
     Args:
       sizes: of the adapters.
-      worth: what one more program costs, in an adapter's FLOPs a token; infinity: one bucket.
+      worth: cost of one more program in an adapter's FLOPs per token; infinity gives one bucket.
 
     Returns:
       Indices, in their order; buckets by ascending size.
@@ -93,14 +93,14 @@ def rank_buckets(sizes: Sequence[Size], worth: float) -> list[list[int]]:
 
 
 def _waste(sizes: Sequence[Size], base: float) -> float:
-    """The share of all work that is padding when every adapter is padded to the largest."""
+    """The share of padding in all work if every adapter is padded to the largest."""
     largest = max(size.flops for size in sizes)
     mean = sum(size.flops for size in sizes) / len(sizes)
     return (largest - mean) / (base + largest) if largest else 0.0
 
 
 def _saving(work: Workload, probe: Probe | None) -> float:
-    """One more program's cost in FLOPs a token of one lane: its compilations."""
+    """The cost of one more program, its compilations, in FLOPs per token of one lane."""
     if probe is None:
         return math.inf
     programs = len(work.shapes) + 1  # the steps' shapes, and the evaluation's
@@ -112,7 +112,7 @@ def _saving(work: Workload, probe: Probe | None) -> float:
 def _fitting(
     work: Workload, trials: Sequence[Trial], sizes: Sequence[Size], probe: Probe | None
 ) -> list[Pack]:
-    """One pack, with as few lanes side by side as its memory needs; or two of half the size."""
+    """One pack with the lanes side by side that fit in memory, or else packs of half the size."""
     configs = [trial.config for trial in trials]
     limit, lanes = memory_limit(configs[0]), configs[0].sweep.lanes
     tokens = CPU_TOKENS if jax.default_backend() == "cpu" else 2**62
@@ -159,7 +159,7 @@ def _predicted(
     per_token = len(sizes) * scale * probe.seconds_per_token
     per_step = per_token * work.tokens_per_step
     compile_seconds = probe.compile_seconds * len(work.shapes)
-    # Of the products with frozen kernels a step does the forward's and as many backwards.
+    # A step computes the products with frozen kernels once forward and once backward.
     evaluating = work.evaluations * work.evaluation_tokens * per_token / 2
     return facts | {
         "seconds_per_step": per_step,

@@ -1,4 +1,4 @@
-"""Where the trials of a pack resume from."""
+"""The checkpoints that the trials of a pack resume from."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Resumption(NamedTuple):
     """Trials that train together from one step.
 
     Attributes:
-      pack: the pack they train in; it may have more trials, which have ended.
+      pack: the pack they train in; its other trials have ended.
       trials: those with a lane, in order.
       starts: where each of them starts.
       step: optimizer steps done.
@@ -29,8 +29,8 @@ class Resumption(NamedTuple):
 def resumptions_of(pack: Pack) -> list[Resumption]:
     """How the open trials of a pack resume: together, or one group for each step they are at.
 
-    From the pack's own checkpoint, and from its beginning, trials that have ended keep their
-    lanes: the program, and so every bit, is the same as before.
+    If the pack resumes from its own checkpoint or from its beginning, ended trials keep their
+    lanes: the program, and therefore every bit, is the same as before.
     """
     if found := _own_checkpoint(pack):
         members = _members(pack, found)
@@ -60,24 +60,24 @@ def _own_checkpoint(pack: Pack) -> Restored | None:
 
 
 def _members(pack: Pack, found: Restored) -> tuple[Trial, ...]:
-    """The trials in a checkpoint's lanes, in their order; a pack may have shrunk before it."""
+    """The trials in a checkpoint's lanes, in order; the pack may have shrunk before it."""
     trials = dict(zip(pack.ids, pack.trials, strict=True))
     lanes = sorted(found.record["lanes"].items(), key=lambda item: item[1]["index"])
     return tuple(trials[name] for name, _ in lanes)
 
 
 def _is_newest(pack: Pack, step: int, trial: Trial) -> bool:
-    """False if a trial has progressed alone or in another pack since, or was deleted."""
+    """Whether a trial has not progressed elsewhere since the step, and was not deleted."""
     place = trial.pack_checkpoints()
     is_here = place is None or place == pack.checkpoints.absolute() or not place.is_dir()
     return is_here and trial.metrics.exists() and max(trial.own_steps(), default=0) <= step
 
 
 def _start_in_pack(pack: Pack, found: Restored, trial: Trial) -> Start:
-    """A trial's start at its place in the pack's checkpoint.
+    """A trial's start, from its part of the pack's checkpoint.
 
     Raises:
-      LoraxError: a checkpoint of other shapes, or of another content of the trial's data or base.
+      LoraxError: a checkpoint of other shapes, or of other content of the trial's data or base.
     """
     start = first_start(trial.config)
     try:

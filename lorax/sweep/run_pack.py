@@ -1,4 +1,4 @@
-"""Trains one pack: locks, runs, checkpoints, and what is left when it is over."""
+"""Trains one pack: locks, runs, checkpoints, and the files that it leaves."""
 
 import contextlib
 import gc
@@ -42,10 +42,10 @@ MAY_BE_MEMORY = (jax.errors.JaxRuntimeError, ValueError, MemoryError)
 
 
 def run_pack(pack: Pack) -> bool:
-    """Train the pack's trials that no other process holds; whether there were any.
+    """Train the pack's trials that no other process holds; return whether there were any.
 
-    A pack on disk that was killed resumes as it was, with the trials that have ended since still
-    in their lanes, so that every number comes out the same to the bit.
+    A killed pack resumes unchanged: trials that have ended keep their lanes, so that every number
+    is bit-identical.
 
     Raises:
       LoraxError: a directory that cannot be written; a single trial that does not fit in memory.
@@ -66,7 +66,7 @@ def run_pack(pack: Pack) -> bool:
 
 
 def _run_alone(pack: Pack) -> bool:
-    """Train a pack of one trial, which needs no lanes."""
+    """Train a pack of a single trial, which needs no lanes."""
     try:
         result = run_trial(pack.trials[0].config)
     except BusyError:
@@ -103,7 +103,7 @@ def _take(trial: Trial, locks: contextlib.ExitStack) -> bool:
 
 
 def _train_all(packs: Sequence[Pack]) -> None:
-    """Train packs to their ends; one that cannot train as it is is replaced by others."""
+    """Train packs to their ends; other packs replace one that cannot train unchanged."""
     waiting = list(packs)
     while waiting:
         pack = waiting.pop(0)
@@ -128,7 +128,7 @@ def _replaced(pack: Pack, parts: list[Pack]) -> list[Pack]:
 
 
 def _with_less(pack: Pack, side: int) -> list[Pack]:
-    """What replaces a pack that ran out of memory; it resumes from where the pack was."""
+    """The packs that replace one out of memory; they resume from its newest checkpoint."""
     smaller = smaller_packs(pack, side)
     is_split = [part.name for part in smaller] != [pack.name]
     log.warning(
@@ -141,10 +141,10 @@ def _with_less(pack: Pack, side: int) -> list[Pack]:
 
 
 def smaller_packs(pack: Pack, side: int) -> list[Pack]:
-    """What replaces a pack that ran out of memory with `side` lanes side by side.
+    """The packs that replace one that ran out of memory with `side` lanes side by side.
 
     Raises:
-      LoraxError: a single trial.
+      LoraxError: the pack has a single trial.
     """
     if side > 1:
         return [replace(pack, lanes=side // 2)]
@@ -164,11 +164,11 @@ def _too_large(pack: Pack) -> LoraxError:
 
 
 def _train(resumption: Resumption) -> int | None:
-    """Train to the end; or return how many lanes side by side were too many for the memory."""
+    """Train to the end, or return the number of lanes side by side that did not fit in memory."""
     pack = resumption.pack
     reset_peak_rss()
     if resumption.step == 0:
-        shutil.rmtree(pack.checkpoints, ignore_errors=True)  # of trials that were deleted since
+        shutil.rmtree(pack.checkpoints, ignore_errors=True)  # of trials deleted since
     engine = None
     with contextlib.ExitStack() as opened:
         runs = _open_runs(resumption, opened)
@@ -201,14 +201,14 @@ def _log_start(resumption: Resumption, total: int) -> None:
 def _open_runs(resumption: Resumption, opened: contextlib.ExitStack) -> list[Run]:
     pairs = zip(resumption.trials, resumption.starts, strict=True)
     runs = [opened.enter_context(_run_of(trial, start)) for trial, start in pairs]
-    since = min(run.meter.started for run in runs)  # when the first was prepared
+    since = min(run.meter.started for run in runs)  # the first one's preparation
     for run in runs:
         run.meter.share(len(runs), since)
     return runs
 
 
 def _run_of(trial: Trial, start: Start) -> Run:
-    """A trial's run; one that has ended is computed to keep its lane, and recorded nowhere."""
+    """A trial's run; the lane of an ended trial is computed but not recorded."""
     if trial.is_open:
         return open_run(trial, start)
     dataset = load_dataset(trial.config)
@@ -248,7 +248,7 @@ def _loop(runs: Sequence[Run], engine: BatchedEngine, checkpoints: Checkpoints, 
 
 def _judge(loop: Loop, engine: BatchedEngine) -> None:
     judge(loop, engine)
-    if not sys.stderr.isatty():  # where there is no progress bar
+    if not sys.stderr.isatty():  # there is no progress bar
         best = max(loop.runs, key=lambda run: run.signed_best)
         value = math.nan if best.best_value is None else best.best_value
         words = "step %d of %d: best %s %.4f, %s left"
@@ -267,9 +267,9 @@ def _save(loop: Loop, engine: BatchedEngine, checkpoints: Checkpoints) -> None:
 
 
 def _end(loop: Loop, engine: BatchedEngine, run: Run) -> None:
-    """Leave in the trial's directory what a trial alone would, unless it is there already.
+    """Write the files of a trial that has trained alone, unless they exist already.
 
-    The result comes first: a checkpoint of its own says that a trial continued by itself.
+    The result is written first: a checkpoint of its own means that a trial continued alone.
     """
     trial, progress = run.trial, run.progress
     if is_new := trial.is_open:
@@ -286,7 +286,7 @@ def _end(loop: Loop, engine: BatchedEngine, run: Run) -> None:
 
 
 def is_out_of_memory(fault: BaseException) -> bool:
-    """Whether a fault of the runtime or of Python says that memory ran out."""
+    """Whether a fault of the runtime or of Python reports that memory ran out."""
     text = str(fault)
     is_told = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
     return isinstance(fault, MemoryError) or is_told
@@ -304,5 +304,5 @@ def _measured(pack: Pack, engine: BatchedEngine, loop: Loop) -> dict[str, Any]:
 
 
 def _peak_of(results: Sequence[Result]) -> int:
-    """Most memory that was taken: the device's own account, or else the process's size."""
+    """Peak memory in bytes: as the device reports it, or else of the process."""
     return max((r["peak_device_bytes"] or r["peak_rss_bytes"] for r in results), default=0)

@@ -1,4 +1,4 @@
-"""Trials one after another in one process, which share data and compiled programs."""
+"""Trains trials one after another in one process, which share data and compiled programs."""
 
 import contextlib
 import logging
@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 
 def check_trials(trials: Sequence[TrialConfig], *, devices_are_here: bool = True) -> list[Trial]:
-    """Refuse a sweep before any of it trains; see `check_trial` and `refuse_other_content`.
+    """Check a sweep before any trial trains; see `check_trial` and `refuse_other_content`.
 
     Returns:
       The trials, in order.
 
     Raises:
-      LoraxError: the first trial that cannot run, and why.
+      LoraxError: names the first trial that cannot run, and the reason.
     """
     checked = []
     for config in trials:
@@ -73,7 +73,7 @@ def run_and_log(trial: TrialConfig) -> Result:
 
 
 def refuse_halving(trials: Sequence[TrialConfig]) -> None:
-    """Trials one after another cannot be compared on their way.
+    """Refuse halving: trials that train one after another cannot be compared in training.
 
     Raises:
       LoraxError: `sweep.halving` is on.
@@ -84,16 +84,16 @@ def refuse_halving(trials: Sequence[TrialConfig]) -> None:
 
 @contextlib.contextmanager
 def sweep_bar(trials: Sequence[Any]) -> Iterator[Iterable[Any]]:
-    """A progress bar over trials, above the trial's own; log lines pass above both."""
+    """A progress bar over trials, above the trial's own; log lines appear above both."""
     bar = tqdm(trials, desc="sweep", unit="trial", disable=not sys.stderr.isatty())
     with logging_redirect_tqdm():
         yield bar
 
 
 def objective(result: Result) -> float:
-    """What a sweeper maximises: the task's main metric at its best, negated if less is better.
+    """The value that a sweeper maximises: the best main metric, negated if lower is better.
 
-    A diverged trial is worth -inf: sweepers take None for a failure, and learn nothing from it.
+    A diverged trial gives -inf: a sweeper would treat None as a failure and learn nothing.
     """
     if result["status"] == "diverged":
         return -math.inf
@@ -102,7 +102,7 @@ def objective(result: Result) -> float:
 
 
 def score_of(result: Result) -> float:
-    """The task's main metric at its best; NaN where the trial has none, as when it diverged."""
+    """The best value of the task's main metric; NaN without one, as for a diverged trial."""
     best = result["best"] if result["status"] != "diverged" else None
     score = best and best["metrics"][result["metric"]]
     return math.nan if score is None else score

@@ -1,4 +1,4 @@
-"""A whole sweep in packs: planned, trained, shared with other processes."""
+"""Plans and trains a whole sweep in packs, together with other processes."""
 
 import contextlib
 import logging
@@ -36,16 +36,16 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[Result]:
 
     A trial whose result on disk is damaged is left out; the others are trained.
 
-    Several processes may be started on the same trials: each pack is trained by one of them, and
-    each waits at the end for what others hold, and takes over what they leave when they die.
+    Several processes may train the same trials. Each pack is trained by one of them. At the end
+    each process waits for packs that others hold, and takes over the packs of processes that die.
 
     Returns:
-      Their results, in order, as of `lorax.train.run_trial`; with `sweep.halving`, some of
-      status `cut`.
+      Their results, in order, as `lorax.train.run_trial` returns them; with `sweep.halving`, some
+      have status `cut`.
 
     Raises:
-      LoraxError: a trial that cannot run, before any has been trained; a directory that cannot
-        be written; a single trial that does not fit in memory; in the end, a damaged result.
+      LoraxError: a trial cannot run (before any trains); a directory cannot be written; a single
+        trial does not fit in memory; at the end, a result is damaged.
     """
     results = run_sound(trials)
     for result in results:
@@ -55,7 +55,7 @@ def run_packed(trials: Sequence[TrialConfig]) -> list[Result]:
 
 
 def run_sound(configs: Sequence[TrialConfig]) -> list[Result | LoraxError]:
-    """As `run_packed`, with a fault in the place of each result that is damaged."""
+    """As `run_packed`, with a fault in place of each damaged result."""
     asked = checked(configs)
     trials, damaged = without_damaged(list(dict.fromkeys(asked)))
     catch_up_all(trials)
@@ -70,21 +70,21 @@ def run_sound(configs: Sequence[TrialConfig]) -> list[Result | LoraxError]:
             log.info("another process trains %d of the trials; waiting for it", len(pending))
         is_waiting = True
         time.sleep(POLL_SECONDS)
-    with contextlib.suppress(OSError):  # what is left over does no harm
+    with contextlib.suppress(OSError):  # leftover files do no harm
         tidy(sweep_dirs(trials))
     fault = left_out(damaged) if damaged else None
     return [fault if fault and trial in damaged else _result(trial) for trial in asked]
 
 
 def checked(configs: Sequence[TrialConfig], *, devices_are_here: bool = True) -> list[Trial]:
-    """The trials of a sweep that can run, in order; those that were asked for twice, twice.
+    """The checked trials of a sweep, in order, with duplicates.
 
     Args:
-      configs: as they were asked for.
-      devices_are_here: False where other processes train them, on devices of their own.
+      configs: of the sweep.
+      devices_are_here: False if other processes train them on their own devices.
 
     Raises:
-      LoraxError: settings or a trial that cannot run.
+      LoraxError: invalid settings, or a trial that cannot run.
     """
     check_sweep(configs)
     trials = check_trials(configs, devices_are_here=devices_are_here)
@@ -98,14 +98,14 @@ def checked(configs: Sequence[TrialConfig], *, devices_are_here: bool = True) ->
 
 
 def catch_up_all(trials: Sequence[Trial]) -> None:
-    """Send trackers what they missed of the trials that have ended already."""
+    """Send trackers the missing records of trials that have ended already."""
     for trial in trials:
         if not trial.is_open:
             catch_up(trial)
 
 
 def log_why_apart(trials: Sequence[Trial]) -> None:
-    """Log why trials that are still to be trained cannot all share a program."""
+    """Log why the open trials cannot all share a program."""
     opened = [trial.config for trial in trials if trial.is_open]
     if reason := why_apart(opened):
         count = len(group_trials(opened))
@@ -113,13 +113,13 @@ def log_why_apart(trials: Sequence[Trial]) -> None:
 
 
 def packs_to_run(trials: Sequence[Trial]) -> list[Pack]:
-    """The packs on record, as they were; then the rest of the open trials, planned and recorded.
+    """The recorded packs, unchanged, then new recorded packs for the other open trials.
 
-    What another process trains alone is left out. Processes that start at once may plan the same
-    trials: the plan that is recorded first is the plan of all.
+    Trials that another process trains alone are left out. Processes that start at the same time
+    may plan the same trials: all of them use the plan that is recorded first.
 
     Raises:
-      LoraxError: a directory that cannot be written; a single trial that does not fit in memory.
+      LoraxError: a directory cannot be written; a single trial does not fit in memory.
     """
     while True:
         known = recorded_packs(trials)
@@ -159,7 +159,7 @@ def check_sweep(trials: Sequence[TrialConfig]) -> None:
     """Refuse settings of the sweep that are out of range or not the same for all trials.
 
     Raises:
-      LoraxError: naming the key, its value and what would be right.
+      LoraxError: names the key, its value and the valid values.
     """
     if jax.process_count() > 1:
         raise LoraxError(

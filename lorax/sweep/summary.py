@@ -1,4 +1,4 @@
-"""The last lines of a sweep: how its trials ended, the best of them, and what to do next."""
+"""The last lines of a sweep: how its trials ended, the best trials, and the next commands."""
 
 import logging
 import math
@@ -26,7 +26,7 @@ def log_closing(trials: Sequence[TrialConfig]) -> None:
 
 
 def closing_lines(trials: Sequence[TrialConfig]) -> list[str]:
-    """The counts of a sweep's trials, each task's best trial, and commands for what comes next.
+    """The counts of a sweep's trials, each task's best trial, and the next commands.
 
     A trial without a readable result counts as failed.
     """

@@ -1,4 +1,4 @@
-"""What a trial computes: its data, shapes, steps, and FLOPs."""
+"""The work of a trial: its data, shapes, steps, and FLOPs."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,11 +46,11 @@ class Workload:
 
     @property
     def shapes(self) -> dict[int, float]:
-        """The share of each compiled shape in the steps, by the rows of its micro-batches."""
+        """Each compiled shape's share of the steps, by the rows of its micro-batches."""
         return self.dataset.layout.shares
 
     def tokens(self, rows: int) -> int:
-        """Tokens of a step whose micro-batches have so many rows; padding counts."""
+        """Tokens of a step whose micro-batches have `rows` rows; padding counts."""
         return self.config.train.grad_accum * rows * self.dataset.layout.row_length
 
     @cached_property
@@ -76,7 +76,7 @@ class Workload:
 
     @cached_property
     def base_flops(self) -> float:
-        """FLOPs a token in the frozen base's products: forward, and back to activations."""
+        """FLOPs per token in the frozen base's products: forward, and back to activations."""
         leaves = leaves_by_path(frozen_shapes(self.config))
         products = [leaf for path, leaf in leaves.items() if path.endswith(".kernel")]
         if "lm_head.kernel" not in leaves and (table := leaves.get("decoder.word.embedding")):
@@ -86,11 +86,11 @@ class Workload:
     def dummy_batch(
         self, rows: int, lanes: int | None = None, split: DeviceSplit | None = None
     ) -> IndexedBatch:
-        """A batch whose micro-batches have so many rows, each with the shortest example.
+        """A batch whose micro-batches have `rows` rows, each with the shortest example.
 
         Args:
           rows: of a micro-batch.
-          lanes: K, of a batch for each lane; None: without an axis for them.
+          lanes: K, for one batch per lane; None for no lane axis.
           split: the training split on the device; None puts it there.
         """
         train, layout = self.dataset.train, self.dataset.layout
