@@ -21,7 +21,7 @@ from lorax.generation.program import (
 from lorax.generation.program import next_logits as forward
 from lorax.models import KVCache
 
-_NEVER = -1e9  # added to the score of what may not be taken
+_NEVER = -1e9  # added to the score of candidates that must not be chosen
 
 
 class Ended(NamedTuple):
@@ -190,7 +190,7 @@ def _take(x_BxN: jax.Array, index_BxM: jax.Array) -> jax.Array:
 
 
 def _reordered(cache: KVCache, beam_BxK: jax.Array) -> KVCache:
-    """With the rows of the beams that the open hypotheses extend; the mask is a row's."""
+    """The cache with the rows of the beams that the open hypotheses extend."""
     B, K = beam_BxK.shape
     row_M = (jnp.arange(B)[:, None] * K + beam_BxK).reshape(-1)
     keys, values = jax.tree.map(lambda x: x[row_M], (cache.keys, cache.values))

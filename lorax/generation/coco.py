@@ -12,7 +12,7 @@ COCO = ("meteor", "rouge_l", "cider")
 
 
 def has_java() -> bool:
-    """Whether `java` runs: macOS has a stub of that name that only says where to get it."""
+    """Whether `java` runs; macOS has a stub of that name that only prints where to get it."""
     java = shutil.which("java")
     if java is None:
         return False
@@ -30,7 +30,7 @@ def coco_scores(
       names: any of `COCO`.
 
     Raises:
-      LoraxError: Java could not do its part.
+      LoraxError: Java failed.
     """
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor

@@ -1,4 +1,4 @@
-"""The door: prompts in, completions out."""
+"""Generates completions of prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from lorax.models import CausalLM
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated after one prompt.
+    """The text generated after one prompt.
 
     Attributes:
       ids: new tokens, with the one that ended them.
@@ -58,10 +58,10 @@ def generate(
     key: jax.Array | None = None,
     batch_size: int = 32,
 ) -> list[Completion]:
-    """Continues prompts: greedily, by sampling, or by beam search.
+    """Continue prompts greedily, by sampling, or by beam search.
 
-    A program is compiled for each shape: prompts' lengths and `max_new_tokens` are rounded up to
-    multiples of 32. Other prompts, weights, adapters and values of options take it again.
+    One program is compiled per shape: prompts' lengths and `max_new_tokens` are rounded up to
+    multiples of 32. Other prompts, weights, adapters and values of options reuse it.
 
     Args:
       model: plain, merged, or adapted by `lorax.adapt` without dropout.
@@ -130,7 +130,7 @@ def _checked(
     key: jax.Array | None,
     batch_size: int,
 ) -> list[list[int]]:
-    """The prompts' ids, if all is well."""
+    """The prompts' ids, after all arguments are checked."""
     if not isinstance(model, CausalLM):
         raise LoraxError(f"a CausalLM generates (load_causal_lm), not a {type(model).__name__}")
     _check_adapters(model)

@@ -1,4 +1,4 @@
-"""What a user may ask of `generate`."""
+"""The options of `generate`."""
 
 import math
 from collections.abc import Mapping

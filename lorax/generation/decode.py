@@ -1,4 +1,4 @@
-"""A batch of prompts through the compiled programs, back as Python numbers."""
+"""Runs the compiled programs on a batch of prompts and returns Python numbers."""
 
 from typing import Any, NamedTuple
 
@@ -10,11 +10,11 @@ from lorax.generation import beam, sample
 from lorax.generation.program import Options, Program, Prompts
 from lorax.generation.text import Stops
 
-STOP_EVERY = 16  # steps between two looks for stop texts
+STOP_EVERY = 16  # steps between two searches for stop texts
 
 
 class Made(NamedTuple):
-    """What a prompt was continued by.
+    """The continuation of a prompt.
 
     Attributes:
       ids: new tokens.

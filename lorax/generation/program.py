@@ -1,4 +1,4 @@
-"""What generation's compiled programs share: their static part, their data, the model's calls.
+"""The shared parts of generation's programs: static part, data, and calls of the model.
 
 Shapes in names: B rows, P columns of the prompts, S columns in all (prompts, then what is
 generated), V words, E ids that end a row.
@@ -17,7 +17,7 @@ from lorax.models import KVCache
 
 @dataclass(frozen=True)
 class Program:
-    """The static part: what differs in data alone shares a compiled program.
+    """The static part: calls that differ in data only share a compiled program.
 
     Attributes:
       graphdef: of the NNX model.

@@ -1,4 +1,4 @@
-"""From prompts to batches of few shapes."""
+"""Batches prompts into few shapes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ _LEAST = 0.75  # of a model's words that its tokenizer knows; tables are padded 
 
 
 def check_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a tokenizer that is not this model's, as far as sizes tell, or that changes prompts.
+    """Refuse a tokenizer of another model, judged by its size, or one that changes prompts.
 
     Raises:
-      LoraxError: it has more words than the model, or far fewer; it cuts texts or pads them.
+      LoraxError: it has more words than the model, or far fewer; it truncates or pads texts.
     """
     if tokenizer.truncation or tokenizer.padding:
         raise LoraxError(
@@ -85,7 +85,7 @@ def _encode(n: int, prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
 def batches(
     ids: list[list[int]], batch_size: int, max_length: int, copies: int = 1
 ) -> Iterator[Prompts]:
-    """Batches of prompts of like lengths, padded on the left; the last is filled up.
+    """Batches of prompts of similar lengths, padded on the left; the last batch is filled up.
 
     Args:
       ids: of every prompt.

@@ -1,4 +1,4 @@
-"""One token after another, the most probable or one that is drawn.
+"""Generates token by token, greedily or by sampling.
 
 Shapes in names: B rows, N new columns, S columns in all, V words.
 """
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 @partial(jax.jit, static_argnames="program")
 def start(program: Program, params: Any, prompts: Prompts, options: Options) -> State:
-    """Reads the prompts and picks the first tokens."""
+    """Process the prompts and choose the first tokens."""
     logits_BxV, cache = prefill(program, params, prompts)
     batch, zero = len(prompts.row), jnp.zeros((), jnp.int32)
     state = State(
@@ -71,7 +71,7 @@ def go_on(
     state: State,
     until: jax.Array,
 ) -> State:
-    """Steps until there are `until` new tokens, or all rows have ended; `state` is donated."""
+    """Step until there are `until` new tokens or all rows have ended; `state` is donated."""
     before = prompts.ids.shape[1] - 1
 
     def step(state: State) -> State:

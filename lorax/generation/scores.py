@@ -91,7 +91,7 @@ def _one_line(text: str) -> str:
 
 
 def check_metrics(metrics: Sequence[str]) -> None:
-    """Refuses what `score_texts` could not compute here.
+    """Refuse metrics that `score_texts` cannot compute here.
 
     Raises:
       LoraxError: a metric is unknown, or what it needs is not installed.

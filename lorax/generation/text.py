@@ -1,4 +1,4 @@
-"""From token ids to text, and where a stop text ends it."""
+"""Decodes token ids to text, and finds the stop text that ends it."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def text_after(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) 
 
 
 def cut(text: str, stops: Sequence[str]) -> str | None:
-    """The text before the first stop text in it; None: there is none.
+    """The text before the first stop text in it; None without one.
 
     >>> cut("one. two; three", (";", "."))
     'one'
@@ -65,7 +65,7 @@ class Stops:
         return cut(text_after(self.tokenizer, prompt, ids), self.texts) is not None
 
     def tokens_to(self, prompt: Sequence[int], ids: Sequence[int]) -> int | None:
-        """How many of `ids` make the first of them whole; None: none of them is."""
+        """Number of `ids` up to the end of the first stop text; None if the text has none."""
         if not self.are_in(prompt, ids):
             return None
         return bisect_left(range(len(ids)), True, key=lambda n: self.are_in(prompt, ids[:n]))

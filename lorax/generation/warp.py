@@ -1,4 +1,4 @@
-"""From the logits of a model to those that tokens are drawn by.
+"""Transforms a model's logits to those that tokens are sampled from.
 
 Shapes in names: N rows, S columns, V words.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 def warp(
     logits_NxV: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
 ) -> jax.Array:
-    """Temperature, then top-k, then top-p: -inf on the words cut off, (N, V).
+    """Temperature, then top-k, then top-p: -inf on the excluded words, (N, V).
 
     Both cuts keep all words that are as probable as the last one kept. Top-p keeps the fewest
     most probable words whose probabilities, after the other two, sum to `top_p` or more.
