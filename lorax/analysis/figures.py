@@ -20,7 +20,7 @@ from lorax.analysis.groups import CONTEXT, Group, best_choices, partition, varyi
 from lorax.analysis.results import Trial
 from lorax.analysis.table import format_score, metric_title, scale
 
-# Okabe and Ito's colours, which all common forms of colour vision tell apart; yellow left out.
+# Okabe and Ito's colours, distinct for all common forms of colour vision; without yellow.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 REFERENCES = {"full": ("#000000", "--", "full fine-tuning"), "head": ("#767676", ":", "head only")}
 MARKERS = "osD^vP"
@@ -42,7 +42,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure with its file stem, the caption under it and the words in its place."""
+    """A figure with its file stem, its caption, and its alternative text."""
 
     name: str
     figure: Figure
@@ -50,14 +50,14 @@ class Plot:
     alt: str
 
     def save(self, directory: Path) -> None:
-        """Writes `<name>.png` at 200 dpi and `<name>.svg`, the same bytes on every run."""
+        """Write `<name>.png` at 200 dpi and `<name>.svg`, the same bytes on every run."""
         with mpl.rc_context(STYLE):
             self.figure.savefig(directory / f"{self.name}.png", dpi=200)
             self.figure.savefig(directory / f"{self.name}.svg", metadata={"Date": None})
 
 
 def draw(groups: Sequence[Group]) -> list[Plot]:
-    """All figures of a sweep, a set for each task and model."""
+    """All figures of a sweep, one set per task and model."""
     keys = varying_keys(groups)
     contexts = partition(groups, [key for key in keys if key in CONTEXT])
     plots = []
@@ -73,7 +73,7 @@ def draw(groups: Sequence[Group]) -> list[Plot]:
 
 
 def rank_figure(groups: Sequence[Group], title: str = "") -> Plot | None:
-    """The main metric against rank, a line for each other setting, references across."""
+    """The main metric against rank: one line per other setting, and horizontal references."""
     lora = _finished(groups, "lora")
     if not lora:
         return None
@@ -184,7 +184,7 @@ def _reference_groups(groups: Sequence[Group]) -> list[Group]:
 
 
 def _line_keys(lora: Sequence[Group]) -> list[str]:
-    """What lines differ in: not the rank, nor what follows from it (alpha = 2 r)."""
+    """The keys that distinguish lines: not the rank, nor keys derived from it (alpha = 2 r)."""
     tied = partition(lora, ["lora.rank"])
     keys = [key for key in varying_keys(lora) if key not in {"lora.rank", "train.mode"}]
     return [key for key in keys if any(len(partition(part, [key])) > 1 for part in tied)]
@@ -229,7 +229,7 @@ def _error_points(axes: Axes, x: np.ndarray, groups: Sequence[Group], **style: A
 
 
 def _label_ranks(axes: Axes, x: np.ndarray, groups: Sequence[Group]) -> None:
-    """Writes ranks above their intervals, from the largest down, where there is room."""
+    """Write ranks above their intervals, from the largest down, where there is room."""
     low, high = np.log(axes.get_xlim())
     taken = math.inf
     for position, group in sorted(zip(x, groups, strict=True), key=lambda pair: -pair[0]):
@@ -248,7 +248,7 @@ def _label_ranks(axes: Axes, x: np.ndarray, groups: Sequence[Group]) -> None:
 
 
 def _limit_scores(axes: Axes, groups: Sequence[Group], references: Sequence[Group]) -> None:
-    """Fits the axis to the seeds, and to intervals and references that do not dwarf them."""
+    """Fit the axis to the seeds, and to intervals and references of a similar range."""
     unit = scale(groups[0].metric)
     seeds = np.concatenate([group.scores() for group in groups]) * unit
     room = max(float(np.ptp(seeds)), 5e-3 * abs(float(seeds.mean())), 1e-9)

@@ -1,4 +1,4 @@
-"""What a sweep shows, in plain words computed from its numbers, and what it cannot show."""
+"""The findings of a sweep as sentences computed from its numbers, and their caveats."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -55,7 +55,7 @@ def findings(groups: Sequence[Group]) -> list[Finding]:
 
 
 def caveats(sweep: Sweep, groups: Sequence[Group]) -> list[str]:
-    """What to bear in mind when reading the numbers, as far as it applies to this sweep."""
+    """The caveats that apply to this sweep's numbers."""
     lora = [group for group in groups if group.mode == "lora"]
     tuned = [key for key in varying_keys(lora) if is_tuned(key)]
     ranks = {group.rank for group in lora}
@@ -133,7 +133,7 @@ def _across_ranks(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
 
 
 def _best(choices: Sequence[Choice]) -> Group:
-    """The best group, of several with the same mean the one of the lowest rank."""
+    """The best group; among groups with the same mean, the one of the lowest rank."""
     top = max((choice.group for choice in choices), key=Group.signed_score)
     tied = (choice.group for choice in choices if _is_tied(choice.group, top))
     return min(tied, key=lambda group: group.rank)
@@ -153,7 +153,7 @@ def _first(best: Group, others: Sequence[Group], detail: str) -> str:
 
 
 def _is_tied(a: Group, b: Group) -> bool:
-    """Whether two means are equal but for the rounding of their sums."""
+    """Whether two means are equal up to the rounding of their sums."""
     return math.isclose(a.signed_score(), b.signed_score(), rel_tol=1e-12)
 
 
@@ -208,7 +208,7 @@ def _difference(best: Group, reference: Group, name: str) -> str:
 
 
 def _grid_edges(choices: Sequence[Choice]) -> list[str]:
-    """The ranks whose best learning rate is an end of those tried: the optimum may lie beyond."""
+    """The ranks whose best learning rate is at an end of the grid: the optimum may be beyond."""
     edges = []
     for choice in choices:
         rates = {group.value("optimizer.lr") for group in choice.among}
@@ -238,7 +238,7 @@ def _constant(choices: Sequence[Choice]) -> list[str]:
 
 
 def _passed_over(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
-    """Settings that were not chosen from, although the seeds left of them did better."""
+    """Settings that were excluded from the choice, although their remaining seeds did better."""
     better = [
         group
         for choice in choices
@@ -256,7 +256,7 @@ def _passed_over(choices: Sequence[Choice], tuned: Sequence[str]) -> list[str]:
 
 
 def _halved(choices: Sequence[Choice], variant: Sequence[Group]) -> list[str]:
-    """What halving has taken from the comparison of ranks."""
+    """The effect of halving on the comparison of ranks."""
     thinned = [choice.group.rank for choice in choices if choice.group.cut]
     compared = {choice.group.rank for choice in choices}
     gone = sorted({group.rank for group in variant if group.cut} - compared)
@@ -334,7 +334,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def format_p(p: float) -> str:
-    """A p-value as it is written: two decimals, three when small, never zero."""
+    """A formatted p-value: two decimals, three for a small one, never zero."""
     if p < 0.001:
         return "p < 0.001"
     return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"

@@ -91,7 +91,7 @@ def to_latex(table: Table, label: str) -> str:
 def to_csv(groups: Sequence[Group]) -> str:
     """Every setting with raw numbers (metrics in [0, 1], bytes, seconds), for further analysis.
 
-    Those all of whose trials were cut have no row, as in the tables.
+    A setting whose trials were all pruned has no row, as in the tables.
     """
     keys = varying_keys(groups)
     stats = ("mean", "std", "median", "low", "high")
@@ -111,7 +111,7 @@ def to_csv(groups: Sequence[Group]) -> str:
 
 
 def escape_latex(text: str) -> str:
-    r"""Makes a plain string safe in LaTeX text.
+    r"""Escape a plain string for LaTeX text.
 
     >>> escape_latex("q_proj & 50%")
     'q\\_proj \\& 50\\%'

@@ -1,4 +1,4 @@
-"""A sweep's report: tables, figures and one self-contained page, made from disk alone."""
+"""A sweep's report: tables, figures and one self-contained page, built from files only."""
 
 import base64
 import math
@@ -32,14 +32,14 @@ MOST_NAMES = 12
 
 @dataclass(frozen=True)
 class Report:
-    """All that the formats share.
+    """The content that all formats share.
 
     Attributes:
-      sweep: what was read.
+      sweep: the sweep that was read.
       groups: its ended trials by setting.
       settings: the table of all settings.
-      best: the table of each rank at its best setting; None where there was nothing to choose.
-      cut: the trials that halving cut; None where it cut none.
+      best: the table of each rank at its best setting; None if there was nothing to choose.
+      cut: the trials that halving pruned; None if it pruned none.
       findings: the results in words.
       caveats: how far to trust them.
       warnings: files that could not be read and trials that were left out.
@@ -62,11 +62,11 @@ class Report:
         return "\n".join(parts)
 
     def tables(self) -> list[Table]:
-        """The tables there are, the shortest statement first."""
+        """The existing tables, the most concise one first."""
         return [table for table in (self.best, self.settings, self.cut) if table is not None]
 
     def counts(self) -> list[str]:
-        """How many trials there are of each status; those that did not end well by name."""
+        """The number of trials of each status, with the names of those that did not finish."""
         cut = len(self.sweep.with_status("cut"))
         head = f"{len(self.sweep.with_status('finished'))} of {len(self.sweep.trials)} finished"
         lines = [f"{head}, {cut} cut by halving" if cut else head]
@@ -79,7 +79,7 @@ class Report:
 
 
 def build_report(sweep_dir: str | Path) -> Report:
-    """Reads a sweep and computes its tables and findings; writes nothing.
+    """Read a sweep and compute its tables and findings; writes nothing.
 
     Raises:
       LoraxError: no directory, no trials, or none with a final metric.
@@ -110,7 +110,7 @@ def build_report(sweep_dir: str | Path) -> Report:
 
 
 def write_report(sweep_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Writes `report.md`, `report.html`, `table.tex`, `table.csv` and the figures.
+    """Write `report.md`, `report.html`, `table.tex`, `table.csv` and the figures.
 
     Args:
       sweep_dir: the directory whose sub-directories are trials.
@@ -123,7 +123,7 @@ def write_report(sweep_dir: str | Path, output: str | Path | None = None) -> Pat
 
 
 def save_report(report: Report, output: str | Path | None = None) -> Path:
-    """Writes a report that is already built; as `write_report`."""
+    """Write a report that is already built; see `write_report`."""
     directory = Path(output) if output is not None else report.sweep.directory / "report"
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A sweep as it lies on disk: one `Trial` a directory, faults kept as warnings."""
+"""A sweep on disk: one `Trial` per directory, with faults kept as warnings."""
 
 import json
 import math
@@ -20,7 +20,7 @@ class Trial:
 
     Attributes:
       id: the name of its directory.
-      directory: where it lies.
+      directory: its path.
       config: its `TrialConfig` with dotted keys, e.g. `{"lora.rank": 8, "seed": 0}`.
       result: the content of `result.json`; empty while the trial is unfinished.
       records: the lines of `metrics.jsonl`, in order.
@@ -49,7 +49,7 @@ class Trial:
 
     @property
     def lanes(self) -> int:
-        """How many trials shared the program and its time; 1 for a trial alone."""
+        """Number of trials that shared the program and its time; 1 for a single trial."""
         lanes = self.number("lanes")
         return int(lanes) if math.isfinite(lanes) else 1
 
@@ -76,7 +76,7 @@ class Trial:
     def is_constant(self) -> bool:
         """Whether it predicted the same for every dev example, at its best evaluation.
 
-        Trials record it. Of older ones a correlation of exactly 0 tells it; an accuracy does not.
+        Trials record it. For older ones a correlation of exactly 0 implies it; accuracy does not.
         """
         best = self.result.get("best")
         if isinstance(best, Mapping) and best.get("constant"):
@@ -105,9 +105,9 @@ class Sweep:
 
 
 def read_sweep(directory: str | Path) -> Sweep:
-    """Reads every `<directory>/<trial id>/` that holds a `config.json`.
+    """Read every `<directory>/<trial id>/` that has a `config.json`.
 
-    Other folders (`packs/`, `.submitit/`, a report) are no trials, and nothing is said of them.
+    Other folders (`packs/`, `.submitit/`, a report) are not trials and are silently ignored.
     A file that cannot be read becomes a warning: without its config a trial is left out, without
     its result it counts as unfinished, and a bad line of its metrics is skipped.
 
@@ -182,7 +182,7 @@ def _read_lines(path: Path, warn: Callable[[str], None]) -> tuple[dict[str, Any]
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins section and field only: dicts below (`lora.rank_pattern`) are values."""
+    """Join the names of section and field only; nested dicts (`lora.rank_pattern`) are values."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

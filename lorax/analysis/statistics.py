@@ -1,4 +1,4 @@
-"""What a handful of seeds can say about a mean, and about the difference of two."""
+"""Statistics of a few seeds: a mean, and the difference of two means."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ ROUNDING = 1e-14  # relative: some tens of float64's last digits
 
 @dataclass(frozen=True)
 class Summary:
-    """A sample in figures, in the sample's own unit.
+    """Summary statistics of a sample, in the sample's own unit.
 
     Attributes:
       n: sample size.
@@ -60,7 +60,7 @@ def summarize(values: Sequence[float], confidence: float = 0.95) -> Summary:
 
     The interval is `mean ± t * std / sqrt(n)` with `t` the quantile of `n - 1` degrees of freedom
     (Student, "The probable error of a mean", Biometrika 6, 1908). It assumes roughly normal,
-    independent values, and speaks of the mean, not of the next run.
+    independent values, and describes the mean, not the next run.
 
     >>> s = summarize([0.80, 0.82, 0.84])
     >>> f"{s.mean:.2f} ± {s.std:.2f} [{s.low:.3f}, {s.high:.3f}]"
@@ -88,7 +88,7 @@ def welch_interval(
 
     Returns:
       (low, high); nan where either sample has fewer than two values, or neither has any spread:
-      without spread nothing tells a difference from chance.
+      without spread a difference cannot be distinguished from chance.
     """
     if min(len(a), len(b)) < 2 or not (has_spread(a) or has_spread(b)):
         return math.nan, math.nan

@@ -1,4 +1,4 @@
-"""The table model, and a sweep's tables: every setting, every rank at its best, cut trials."""
+"""The table model, and a sweep's tables: all settings, each rank's best, pruned trials."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and what the column is sorted by: the text itself unless a number is given."""
+    """The text of a cell and its sort key: the text itself unless a number is given."""
 
     text: str
     number: float | None = None
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under columns; the notes stand below in every format."""
+    """Rows of cells under columns; the notes are below the table in every format."""
 
     title: str
     columns: tuple[Column, ...]
@@ -57,19 +57,19 @@ _Entry = tuple[Column, Callable[[Group], Cell]]
 
 
 def settings_table(groups: Sequence[Group]) -> Table:
-    """One row a setting (trials that differ in their seed only), but for those wholly cut."""
+    """One row per setting (trials that differ in seed only), without wholly pruned settings."""
     rows = [group for group in groups if group.has_row]
     entries = _setting_entries(groups) + _result_entries(rows) + _cost_entries(groups)
     return _build("All settings", entries, rows, (*_notes(rows), *_cost_notes(groups)))
 
 
 def best_table(groups: Sequence[Group]) -> Table | None:
-    """One row a rank (and task, model, targets ...), each at its own best tuned setting.
+    """One row per rank (and task, model, targets ...), each at its own best tuned setting.
 
-    None where no rank finished at more than one setting: the settings table says it all.
+    None if no rank finished at more than one setting: the settings table is then sufficient.
 
     Learning rate, alpha and the other tuned keys (`groups.is_tuned`) are chosen by the mean dev
-    metric, so that a rank sweep does not merely measure how a rank takes to one learning rate.
+    metric, so that a rank sweep does not merely measure how well one learning rate fits a rank.
     """
     choices = tuned_choices(groups)
     if all(sum(bool(group.trials) for group in choice.among) == 1 for choice in choices):
@@ -88,7 +88,7 @@ def best_table(groups: Sequence[Group]) -> Table | None:
 
 
 def cut_table(groups: Sequence[Group]) -> Table | None:
-    """One row a trial that halving cut, with its setting; None where it cut none."""
+    """One row per trial that halving pruned, with its setting; None if it pruned none."""
     if not any(group.cut for group in groups):
         return None
     settings = _setting_entries(groups)
@@ -134,18 +134,18 @@ def format_interval(summary: Summary, metric: str) -> str:
 
 
 def format_place(trial: Trial) -> str:
-    """Where a cut trial stood among those it was compared with: `7 of 8`."""
+    """The place of a pruned trial among those that it was compared with: `7 of 8`."""
     place, of = (_fixed(trial.cut_number(key), 0) for key in ("place", "of"))
     return f"{place} of {of}"
 
 
 def lanes_of(groups: Sequence[Group]) -> list[int]:
-    """The `Trial.lanes` there are among the finished trials, whose costs are shown; ascending."""
+    """The distinct `Trial.lanes` of finished trials, whose costs are shown; ascending."""
     return sorted({trial.lanes for group in groups for trial in group.trials})
 
 
 def were_packed(groups: Sequence[Group]) -> bool:
-    """Whether any trial shared its program, be it with ones that did not finish."""
+    """Whether any trial shared its program, even with trials that did not finish."""
     return any(trial.lanes > 1 for group in groups for trial in group.ended)
 
 

@@ -158,7 +158,7 @@ def _candidates(
 
 
 def _ended(program: Program, options: Options, state: State, found: Candidates) -> Ended:
-    """The best of those that had ended and of those that end now, among the first K alone."""
+    """The best of the earlier ended hypotheses and of those among the first K that end now."""
     length = state.step + 1
     is_first_1xC = (jnp.arange(found.ends.shape[1]) < program.num_beams)[None]
     can_end_BxC = found.ends & is_first_1xC & state.is_open[:, None]
@@ -167,7 +167,7 @@ def _ended(program: Program, options: Options, state: State, found: Candidates) 
     length_BxC = jnp.full(score_BxC.shape, length)
     more = Ended(found.ids, score_BxC, found.log_prob, length_BxC, can_end_BxC)
     merged = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), state.ended, more)
-    # Any real score, were it -inf, is before an empty slot.
+    # Any real score, even -inf, ranks before an empty slot.
     order_BxK = jnp.lexsort((-merged.score, ~merged.is_full))[:, : program.num_beams]
     return jax.tree.map(lambda x: _take(x, order_BxK), merged)
 
@@ -190,7 +190,7 @@ def _take(x_BxN: jax.Array, index_BxM: jax.Array) -> jax.Array:
 
 
 def _reordered(cache: KVCache, beam_BxK: jax.Array) -> KVCache:
-    """The cache with the rows of the beams that the open hypotheses extend."""
+    """The cache of the beams that the open hypotheses extend; a row's beams share a mask."""
     B, K = beam_BxK.shape
     row_M = (jnp.arange(B)[:, None] * K + beam_BxK).reshape(-1)
     keys, values = jax.tree.map(lambda x: x[row_M], (cache.keys, cache.values))
