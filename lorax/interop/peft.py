@@ -63,7 +63,7 @@ class PeftAdapter(NamedTuple):
 
     Attributes:
       lora: as `lorax.init` makes it.
-      spec: what it adapts.
+      spec: its spec.
       head: the modules of the head that it holds, as in `params["head"]`; None without any.
     """
 
@@ -84,29 +84,29 @@ def save_peft(
     revision: str | None = None,
     is_tied: bool = True,
 ) -> None:
-    """Write an adapter of ours as one of PEFT.
+    """Write a lorax adapter in PEFT's format.
 
-    GPT-2's queries, keys and values are one module there, whose adapter takes the sum of their
+    GPT-2's queries, keys and values are one module in PEFT, whose adapter has the sum of their
     ranks; unequal scales are multiplied into B. An adapter of a module of `head` is merged into it.
 
     Args:
-      folder: made when missing.
+      folder: created if missing.
       lora: at its true ranks (`lorax.unpad` takes padding off).
       spec: its spec; the None of a trial without an adapter is refused.
       model_type: a family, as in the base's `config.json`.
-      base_source: what PEFT should load as the base: a repository id of the hub, or a folder,
-        which is written as an absolute path, with a warning.
+      base_source: the base that PEFT loads: a repository id of the hub, or a folder, which is
+        written as an absolute path with a warning.
       head: the trained head, as in `params["head"]`; `"drop"` leaves a trained one out. With
         pooling `pooler` it is written as PEFT does. With any other pooling, which `transformers`
         does not compute, it goes into `lorax_head.safetensors` beside the adapter, with a warning.
       pooling: of the model; needed for a head without `dense`.
       revision: of the base on the hub.
-      is_tied: whether a decoder's output layer is its embeddings, whose adapter PEFT's format
-        then has no place for.
+      is_tied: whether a decoder's output layer is its embeddings; PEFT's format then cannot
+        represent their adapter.
 
     Raises:
-      LoraxError: something that PEFT's format cannot say, a trained head that is not given, a
-        base that is neither a folder nor a repository id, or a folder that cannot be written.
+      LoraxError: PEFT's format cannot represent the adapter, a trained head is not given, the
+        base is neither a folder nor a repository id, or the folder cannot be written.
     """
     check_family(model_type)
     is_decoder = family_of(model_type).is_decoder
@@ -146,14 +146,14 @@ def save_peft(
         revision=revision,
         modules_to_save=None if stored is None else saved_modules(stored, model_type),
         kinds=kinds(model_type),
-        # As PEFT leaves it: it sets the option by the last layer that it meets.
+        # As in PEFT, which sets the option by the last layer that it visits.
         fan_in_fan_out=bool(linear) and all(is_conv1d(path, model_type) for path in linear),
     )
     _write(Path(folder), config, tensors, beside, pooling)
 
 
 def _base_name(source: str) -> str:
-    """The base in a form that PEFT finds from any working directory."""
+    """The base's name in a form that PEFT resolves from any working directory."""
     folder = local_folder(source)
     if folder is not None:
         log.warning(
@@ -173,10 +173,10 @@ def _base_name(source: str) -> str:
 def load_peft(
     folder: str | Path, base: Any, model_type: str, *, pooling: str | None = None
 ) -> PeftAdapter:
-    """Read an adapter of PEFT.
+    """Read an adapter in PEFT's format.
 
-    GPT-2's `c_attn` is read as adapters of queries, keys and values with the same A each. Weights
-    of the base that the file stores, such as embeddings, have to equal the base's.
+    GPT-2's `c_attn` is read as adapters of queries, keys and values with the same A. Weights of
+    the base that the file stores, such as embeddings, must equal the base's.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -220,7 +220,7 @@ def load_peft(
 
 
 def _leaves(base: Any) -> dict[str, Any]:
-    """Every parameter by path; of a kernel in few bits the shape that it stands for."""
+    """Every parameter by path; for a quantized kernel, the shape that it represents."""
 
     def plain(leaf: Any) -> Any:
         is_quantized = isinstance(leaf, Quantized)

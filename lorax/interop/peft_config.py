@@ -1,8 +1,8 @@
-"""PEFT's `adapter_config.json`: what a spec is there, and what one of there is here.
+"""PEFT's `adapter_config.json`: conversion from and to a LoraSpec.
 
-Both libraries select modules by name, by different rules. So a selection is turned into the set
-of modules that it means, and that set is named anew: by kind (`query`) where every layer's module
-of the kind is in it, one by one otherwise.
+Both libraries select modules by name, but by different rules. A selection is therefore resolved
+to its set of modules, which then gets new names: by kind (`query`) if the set has every layer's
+module of that kind, one by one otherwise.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +26,7 @@ from lorax.models.families import family_of
 _INITS: dict[Any, str] = {
     True: "kaiming_uniform",
     "gaussian": "gaussian",
-    # They differ in the start alone, which a saved adapter has left behind.
+    # They differ in the initial values only, which do not matter for a saved adapter.
     False: "kaiming_uniform",
     "eva": "kaiming_uniform",
     "orthogonal": "kaiming_uniform",
@@ -62,7 +62,7 @@ def write_config(
     kinds: Iterable[str],
     fan_in_fan_out: bool,
 ) -> dict[str, Any]:
-    """The config of an adapter of ours.
+    """PEFT's config of a lorax adapter.
 
     Args:
       spec: the adapter's.
@@ -103,14 +103,14 @@ def write_config(
 
 
 def _default(value: Any, values: Mapping[str, Any]) -> Any:
-    """The spec's own value, or the first module's where no module has that."""
+    """The spec's own value, or the first module's if no module has the spec's value."""
     return value if value in values.values() else next(iter(values.values()), value)
 
 
 def check_config(config: Mapping[str, Any], model_type: str) -> list[str]:
-    """What of a config is not served here for a family, an entry an option.
+    """The options of a config that are not supported for a family, one entry per option.
 
-    Of another method than LoRA the options mean something else: its name is all that is said.
+    For another method than LoRA, whose options have other meanings, only its name is reported.
     """
     if (kind := config.get("peft_type")) != "LORA":
         return [f"peft_type={kind!r} is not served; LORA is" if kind else "peft_type is missing"]
@@ -130,7 +130,7 @@ def check_config(config: Mapping[str, Any], model_type: str) -> list[str]:
 
 
 def _conversion(option: str, value: Any) -> str:
-    """How PEFT makes an adapter with this option one that is served; empty where it cannot."""
+    """How PEFT converts an adapter with this option to a supported one; empty if it cannot."""
     kind = str(value).lower()
     if option != "init_lora_weights" or not kind.startswith(_CHANGE_THE_BASE):
         return ""

@@ -1,7 +1,7 @@
-"""Adapters of the parts of a fused linear layer as one of the whole, and back.
+"""Converts adapters of the parts of a fused linear layer to one of the whole, and back.
 
-GPT-2's `c_attn` computes queries, keys and values at once. The update of its part n is B_n A_n, so
-that of the whole is B A with the A's below one another and each B_n in its own rows (its part of
+GPT-2's `c_attn` computes queries, keys and values at once. The update of its part n is B_n A_n.
+The update of the whole is B A: the A's are stacked, and each B_n is in its own rows (its part of
 the outputs) and columns (its A's), zero elsewhere. Parts that share an A share its columns.
 """
 

@@ -1,4 +1,4 @@
-"""A classifier's head in PEFT's format, and what of it that format has no place for.
+"""A classifier's head in PEFT's format, and the heads that the format cannot represent.
 
 `transformers` computes one kind of head: pooling `pooler`, through `dense`. PEFT stores its modules
 whole. A head that pools by `mean` or `cls` is kept in a file of its own beside the adapter, which
@@ -110,7 +110,7 @@ def saved_modules(head: Head, model_type: str) -> list[str]:
 
 
 def warn_of_fresh_dense(head: Head, model_type: str) -> None:
-    """Warn if `head` leaves its dense layer to a base that need not have one."""
+    """Warn if `head` takes its dense layer from a base that may not have one."""
     name = hf_module("head.dense", model_type)
     if "dense" not in head and not name.startswith(f"{family_of(model_type).prefix}."):
         log.warning(
@@ -132,7 +132,7 @@ def head_tensors(head: Head, model_type: str) -> dict[str, np.ndarray]:
 
 
 def write_beside(folder: Path, head: Head | None, pooling: str | None) -> None:
-    """Keep a head that PEFT's format has no place for; without one, remove what lies there."""
+    """Write a head that PEFT's format cannot represent; without one, remove an existing file."""
     from safetensors.numpy import save_file
 
     (folder / HEAD_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Our adapted kernels as PEFT's adapted modules: ranks and alphas, pairs, parts fused."""
+"""Converts adapted kernels to PEFT's adapted modules: ranks, alphas, pairs, fused parts."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from lorax.models.families import family_of
 
 
 class Module(NamedTuple):
-    """The numbers of one adapted module of theirs."""
+    """The numbers of one adapted module of PEFT."""
 
     rank: int
     alpha: float
 
 
 def by_name(lora: LoraTree, model_type: str, *, bare: bool) -> dict[str, list[str]]:
-    """PEFT's module to ours: one, or the parts of a fused one that are adapted."""
+    """PEFT's module names to lorax's paths: one, or the adapted parts of a fused module."""
     names: dict[str, list[str]] = {}
     for path in lora:
         names.setdefault(name_of(module_of(path), model_type, bare=bare), []).append(path)
@@ -31,7 +31,7 @@ def by_name(lora: LoraTree, model_type: str, *, bare: bool) -> dict[str, list[st
 def as_module(
     paths: list[str], lora: LoraTree, spec: LoraSpec, model_type: str, *, bare: bool
 ) -> tuple[Mapping[str, Any], Module]:
-    """The pair of a module of theirs, and its numbers in the config."""
+    """The pair of a PEFT module, and its numbers in the config."""
     for path in paths:
         _check_pair(path, lora[path], spec)
         _check_head_module(path, model_type, bare=bare)

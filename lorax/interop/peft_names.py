@@ -42,7 +42,7 @@ def is_within(name: str, whole: str) -> bool:
 
 
 def parts_of(path: str) -> dict[str, str]:
-    """What PEFT calls A and B of the module whose parameter is at `path`."""
+    """PEFT's names of A and B of the module whose parameter is at `path`."""
     return _EMBEDDING_PARTS if path.endswith(".embedding") else _PARTS
 
 
@@ -53,12 +53,12 @@ def fused_part(path: str, model_type: str) -> tuple[int, int] | None:
 
 
 def is_conv1d(path: str, model_type: str) -> bool:
-    """Whether theirs is a linear layer that stores its weight as (inputs, outputs)."""
+    """Whether PEFT's module is a linear layer that stores its weight as (inputs, outputs)."""
     return path.endswith(".kernel") and not is_transposed(path, model_type)
 
 
 def kinds(model_type: str) -> list[str]:
-    """Of all linear modules that a layer may have, the name within the layer."""
+    """The names within a layer of all linear modules that it may have."""
     stack = "decoder" if family_of(model_type).is_decoder else "encoder"
     modules = [f"{stack}.layers.0.{name}" for name in (*_IN_A_LAYER, *_IN_AN_MLP)]
     known = [module for module in modules if rule_of(family_of(model_type).rules, module)]

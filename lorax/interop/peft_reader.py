@@ -1,4 +1,4 @@
-"""The tensors of a PEFT adapter, taken one by one; nothing is passed over in silence."""
+"""Reads the tensors of a PEFT adapter one by one; no tensor is silently ignored."""
 
 import logging
 import re
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Reader:
-    """Takes the tensors of a file one by one; what is left over is unexpected.
+    """Takes the tensors of a file one by one; remaining tensors are unexpected.
 
     Attributes:
       shapes: of each parameter of the base by path.
@@ -78,7 +78,7 @@ class Reader:
         return {path: self._pair(path, name) for path, name in chosen.items()}
 
     def _check_fused(self, chosen: Mapping[str, str]) -> None:
-        """Every part of a fused module has to be there: its share would be lost."""
+        """Refuse a fused module with a missing part, whose share would be lost."""
         counts = Counter(chosen.values())
         for path, name in chosen.items():
             _, of = fused_part(path, self.model_type) or (0, 1)
@@ -115,7 +115,7 @@ class Reader:
         return head or None
 
     def leave_out(self) -> None:
-        """Pass over the parts of a head that ours does not have, with a warning."""
+        """Skip, with a warning, the parts of a head that the model does not have."""
         heads = {"pooler", "classifier", *self.family.head}
         modules = heads - set(self.family.head) if self.has_pooler else heads
         prefixes = ("", f"{self.family.prefix}.")
@@ -127,7 +127,7 @@ class Reader:
         self.used.update(foreign)
 
     def compare_with_base(self) -> None:
-        """Pass over weights of the base that the file stores, if they equal the base's.
+        """Skip weights of the base that the file stores, if they equal the base's.
 
         PEFT stores embeddings and output layers beside an adapter: adapted ones, resized ones,
         and those that were trained in full (`modules_to_save`).
@@ -178,7 +178,7 @@ class Reader:
 
 
 def check_wrappers(names: Iterable[str]) -> None:
-    """Refuse names of tensors that a wrapper around the model has left its prefix in."""
+    """Refuse tensor names with the prefix of a wrapper around the model."""
     for name in names:
         if found := next((part for part in name.split(".") if part in _WRAPPERS), None):
             raise LoraxError(
@@ -203,5 +203,5 @@ def _equals(tensor: np.ndarray, parts: list[Any], is_turned: bool) -> bool:
 
 
 def _is_spared(path: str) -> bool:
-    """Whether `all-linear` of PEFT leaves it out: embeddings and the output layer."""
+    """Whether PEFT's `all-linear` excludes it: embeddings and the output layer."""
     return path.endswith(".embedding") or path.startswith(("head.out.", "lm_head."))

@@ -1,4 +1,4 @@
-"""Which modules PEFT's names mean, and few names for a set of modules."""
+"""Resolves PEFT's names to modules, and finds few names for a set of modules."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -57,7 +57,7 @@ def layers_of(config: Mapping[str, Any]) -> tuple[int, ...] | None:
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a module is in; None: it is in none."""
+    """The number of a module's layer; None if it is in no layer."""
     match = _LAYER.match(name)
     return int(match[2]) if match else None
 
