@@ -3,10 +3,10 @@
     python -m experiments.ablation                    # what `make ablation` runs
     python -m experiments.ablation task=mrpc seed=0,1,2,3,4
 
-LoRA at ranks 1 to 16 and two learning rates, beside the frozen base (only the head is trained)
-and full fine-tuning at two learning rates each, since a rank sweep at one fixed learning rate
-partly measures the learning rate. Arguments are Hydra overrides for all trials; `seed=` takes a
-list. Given again, the command skips finished trials and goes on with one cut short.
+LoRA at ranks 1 to 16, compared with the frozen base (only the head is trained) and with full
+fine-tuning, at two learning rates each: a rank sweep at one fixed learning rate partly measures
+the learning rate. Arguments are Hydra overrides for all trials; `seed=` takes a list. The same
+command skips finished trials and resumes an interrupted one.
 """
 
 import itertools
@@ -53,7 +53,7 @@ def _trial(shared: Sequence[str], mode: str, rank: int | None, lr: float, seed: 
 
 
 def main(overrides: Sequence[str]) -> None:
-    """Run what is not finished yet; print the table and where the report is."""
+    """Run the unfinished trials; print the table and the path of the report."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     sweep = trials(overrides)
     show_plan_if_asked(sweep)

@@ -5,10 +5,10 @@
     python -m experiments.e2e data=<folder> model=gpt2 lora.rank=1 seed=1
 
 The settings are the paper's (Hu et al. 2021, Table 11), with GPT-2 medium; arguments are overrides
-of experiments.finetune, and `metrics=bleu,nist` does without Java. Texts and scores are kept as
-`e2e.txt` (a line for each meaning representation) and `e2e.json` beside the trial's result.
-Published for GPT-2 M: BLEU 70.4, NIST 8.85, METEOR 46.8, ROUGE-L 71.8, CIDEr 2.53. Not run by us
-on GPT-2's weights, which are on the hub alone.
+of experiments.finetune, and `metrics=bleu,nist` needs no Java. Texts and scores are written to
+`e2e.txt` (one line per meaning representation) and `e2e.json` beside the trial's result.
+Published for GPT-2 M: BLEU 70.4, NIST 8.85, METEOR 46.8, ROUGE-L 71.8, CIDEr 2.53. We have not
+run it on GPT-2's weights, which are only on the hub.
 """
 
 import logging
@@ -41,10 +41,10 @@ SEARCH: dict[str, Any] = {
 
 
 def prompts_of(trial: TrialConfig, base: Path, meanings: Sequence[str]) -> list[str]:
-    """A prompt for each meaning representation, if the trial's model can be asked all of them.
+    """A prompt for each meaning representation, checked for the trial's model.
 
     Raises:
-      LoraxError: one that is malformed, or too long for the model; or a trial without an adapter.
+      LoraxError: a prompt is malformed or too long for the model; or the trial has no adapter.
     """
     check_leaves_adapter(trial)
     prompts = [prompt_of(meaning) + separator_of(base) for meaning in meanings]

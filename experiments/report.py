@@ -15,7 +15,7 @@ from lorax.errors import LoraxError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the table of a sweep and writes its report; returns the exit status."""
+    """Print the table of a sweep and write its report; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report", description="Reports on a sweep of LoRA trials."
     )

@@ -6,9 +6,8 @@
 
 `data` is a UTF-8 text; its last tenth is held out. `plain` is a text in another style, to see
 what is forgotten: by default the dev split of the movie reviews. Other arguments are overrides
-of experiments.finetune. The report is printed, and kept as `style.md` and `style.json` beside
-the trial's result; given again, the command goes on with a trial cut short, and takes a finished
-one as it is.
+of experiments.finetune. The report is printed, and written to `style.md` and `style.json` beside
+the trial's result. The same command resumes an interrupted trial and reuses a finished one.
 """
 
 import logging
@@ -80,7 +79,7 @@ def plain_text(trial: TrialConfig, plain: Path | None, longest: int) -> data.Enc
 def sample(
     trial: TrialConfig, setup: Setup, dataset: Dataset, parts: Sequence[Any]
 ) -> list[list[str]]:
-    """Prompts out of the held-out text, and how the model with each trainable part goes on."""
+    """Prompts from the held-out text, with the continuation by each trainable part."""
     tokenizer = data.load_tokenizer(resolve_source(trial.model.source, trial.model.revision))
     (dev,) = dataset.dev.values()
     step = max(1, len(dev) // SAMPLES)

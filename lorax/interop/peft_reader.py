@@ -78,7 +78,7 @@ class Reader:
         return {path: self._pair(path, name) for path, name in chosen.items()}
 
     def _check_fused(self, chosen: Mapping[str, str]) -> None:
-        """Refuse a fused module with a missing part, whose share would be lost."""
+        """Record a fault for a fused module with a missing part, whose share would be lost."""
         counts = Counter(chosen.values())
         for path, name in chosen.items():
             _, of = fused_part(path, self.model_type) or (0, 1)
