@@ -1,4 +1,4 @@
-"""The grid sweeper's face: Hydra only takes sweepers from this namespace package.
+"""The plugin of the grid sweeper: Hydra finds sweepers only in this namespace package.
 
 Every Hydra application of an environment imports it, so lorax and JAX wait until it is used.
 """

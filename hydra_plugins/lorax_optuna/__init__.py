@@ -1,4 +1,4 @@
-"""The Optuna sweeper's face: Hydra only takes sweepers from this namespace package.
+"""The plugin of the Optuna sweeper: Hydra finds sweepers only in this namespace package.
 
 Every Hydra application of an environment imports it, so lorax and Optuna wait until it is used.
 """
@@ -10,7 +10,7 @@ from hydra.plugins.sweeper import Sweeper
 
 
 class LoraxOptunaSweeper(Sweeper):
-    """hydra-optuna-sweeper, whose stored studies continue; see `lorax.launch.optuna_search`.
+    """hydra-optuna-sweeper with studies that resume; see `lorax.launch.optuna_search`.
 
     Options are those of hydra-optuna-sweeper, under `hydra.sweeper`.
     """

@@ -1,4 +1,4 @@
-"""The face of the packed launcher: Hydra only takes launchers from this namespace package.
+"""The plugin of the packed launcher: Hydra finds launchers only in this namespace package.
 
 Every Hydra application of an environment imports it, so lorax and JAX wait until it is used.
 """

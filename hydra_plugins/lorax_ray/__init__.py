@@ -1,4 +1,4 @@
-"""The Ray launcher's face: Hydra only takes launchers from this namespace package.
+"""The plugin of the Ray launcher: Hydra finds launchers only in this namespace package.
 
 Every Hydra application of an environment imports it, so lorax, JAX and Ray wait until it is used.
 """
@@ -54,7 +54,7 @@ class PackedRayConf:
       num_cpus: cores a task.
       num_gpus: GPUs a task; a fraction shares one, and then needs XLA_PYTHON_CLIENT_MEM_FRACTION.
       resources: others a task, such as {TPU: 4}.
-      max_retries: how often a task starts again whose process died; it goes on from checkpoints.
+      max_retries: how often a task restarts if its process dies; it resumes from checkpoints.
       init: more arguments of `ray.init`, such as {runtime_env: {env_vars: {...}}}.
     """
 

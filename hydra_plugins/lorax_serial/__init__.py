@@ -1,4 +1,4 @@
-"""The launcher's face: Hydra only takes launchers from this namespace package.
+"""The plugin of the serial launcher: Hydra finds launchers only in this namespace package.
 
 Every Hydra application of an environment imports it, so lorax and JAX wait until it is used.
 """

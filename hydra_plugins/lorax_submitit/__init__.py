@@ -1,4 +1,4 @@
-"""The Slurm launcher's face: Hydra only takes launchers from this namespace package.
+"""The plugin of the Slurm launcher: Hydra finds launchers only in this namespace package.
 
 Every Hydra application of an environment imports it, so lorax, JAX and submitit wait until it is
 used. Options are those of hydra-submitit-launcher, under `hydra.launcher`.
@@ -16,10 +16,10 @@ try:
     from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 except ImportError:  # without the extra
     LocalQueueConf = SlurmQueueConf = None
-# A folder a run, since on one machine submitit names jobs by process ids, which come again; and
-# none a job (%j), since submitit would make it only after sbatch, and a job may start before.
+# One folder per run, since on one machine submitit names jobs by process ids, which may repeat.
+# Not one per job (%j): submitit creates it only after sbatch, and a job may start earlier.
 FOLDER = "${hydra.sweep.dir}/.submitit/${now:%Y-%m-%d_%H-%M-%S}"
-RETRIES = 20  # after a timeout trials go on from their checkpoints
+RETRIES = 20  # after a timeout trials resume from their checkpoints
 
 
 class PackedSubmititLauncher(BasicLauncher):
