@@ -5,8 +5,8 @@
     python scripts/agree_with_peft.py --table
 
 `losses`: from the same A, B and head, on the same batches, step by step. `seeds`: each library
-from its own random numbers, over several seeds. Figures go to `<out>/*.json` as they come, so that
-a run cut short goes on where it stopped. What is compared and why: docs/agreement.md.
+from its own random numbers, over several seeds. Figures are written to `<out>/*.json` at once, so
+an interrupted run resumes where it stopped. docs/agreement.md says what is compared and why.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""From the command to the first training step, with nothing kept and with all of it.
+"""Time from the command to the first training step, with empty and with filled caches.
 
     python scripts/bench_start.py
     python scripts/bench_start.py --tasks cola,rte --repeat 5

@@ -20,8 +20,8 @@ evaluation and saving are in it. `peak MB` is the largest resident size of any o
 1 is rank 4 with seed 0. Words such as `train.pad_rank=16` go to lorax as Hydra overrides.
 `--repeat` takes the ways in turn that many times; tables then show medians.
 
-Figures go to `<out>/bench_sweep.json` after each way, so that a call cut short goes on where it
-stopped; what is in the file is not measured again.
+Figures are written to `<out>/bench_sweep.json` after each way, so an interrupted call resumes
+where it stopped; figures in the file are not measured again.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Turns a LLaMA in GGUF into a Hugging Face folder: gguf_to_hf.py MODEL.gguf FOLDER.
 
-Weights of few bits become the float32 numbers that they stand for, none of them rounded: bfloat16
-would cut their digits. The folder's files are config.json, model.safetensors, tokenizer.json and
+Quantized weights are converted to the exact float32 numbers that they represent: bfloat16 would
+round them. The folder's files are config.json, model.safetensors, tokenizer.json and
 tokenizer_config.json. Needs the extra `large`.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
