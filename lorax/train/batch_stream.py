@@ -1,4 +1,4 @@
-"""The order of training: which examples each run's next batch holds, and where."""
+"""The order of training: the examples in each run's next batch, and their places."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from lorax.config import TrainConfig
 from lorax.train.dataset import Dataset
 from lorax.train.indexed_batch import BatchShape, DeviceSplit, IndexedBatch, device_split
 
-BLOCK = 64  # steps that are planned together
+BLOCK = 64  # steps planned together
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class _Block:
 class BatchStream:
     """The batches of runs in lockstep: a pure function of their seeds and the step.
 
-    Runs of one seed have the same batches. All batches of a step have one shape, the smallest that
-    holds each of them.
+    Runs with the same seed have the same batches. All batches of a step have the same shape, the
+    smallest that fits them all.
 
     Args:
       dataset: of the runs.
@@ -63,7 +63,7 @@ class BatchStream:
         return IndexedBatch(self._split, block.examples[n][of_run], block.starts[n][of_run], shape)
 
     def unlike(self, step: int, end: int) -> list[IndexedBatch]:
-        """One batch for each shape of the steps that are planned with `step`, by first use.
+        """One batch for each shape among the steps planned with `step`, by first use.
 
         Args:
           step: the first one.

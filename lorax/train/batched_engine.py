@@ -1,4 +1,4 @@
-"""The engine of a pack: many trials' states in one, stepped by one program."""
+"""The engine of a pack: one program steps the stacked states of many trials."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,14 +38,14 @@ class BatchedEngine:
 
     Args:
       setups: of the trials, in the order of the lanes; their bases are the same arrays.
-      states: where each trial stands, in its own shapes.
-      tokens_at_once: as many lanes are computed side by side as have this many tokens together.
-      lanes: computes so many side by side, whatever their tokens.
+      states: the state of each trial, in its own shapes.
+      tokens_at_once: number of tokens that the lanes side by side have together.
+      lanes: number of lanes side by side, whatever their tokens.
       mesh: the devices; None for one.
 
     Attributes:
       state: stacked, ranks and targets zero-padded; donated to every step.
-      side: lanes that a device computes side by side in the step last asked for.
+      side: lanes that a device computes side by side in the latest step.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class BatchedEngine:
         return unstack(self.host_state(), lane, self._shapes[lane])
 
     def stack_trainables(self, trees: Sequence[Any]) -> Any:
-        """One trainable part a lane, as a checkpoint of the pack holds them."""
+        """The lanes' trainable parts, stacked as in a checkpoint of the pack."""
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self.state)
         return stack(trees, like.trainable)
 
@@ -170,7 +170,7 @@ class BatchedEngine:
         return self.state, self.frozen, hyper, batch
 
     def _spread(self, batch: Any, numbers: Spread, rows: Spread) -> Any:
-        """A batch on the mesh; the split of an indexed one is there already."""
+        """A batch on the mesh; the split of an indexed batch is there already."""
         if not isinstance(batch, IndexedBatch):
             return rows(batch, self.mesh)
         own = numbers((batch.examples, batch.starts), self.mesh)
@@ -193,7 +193,7 @@ class BatchedEngine:
 
 
 def stacked_like(states: Sequence[Any]) -> State:
-    """Shapes of one lane that hold each of the states: every target, at its largest rank."""
+    """Shapes of one lane that fit each of the states: every target, at its largest rank."""
 
     def widest(trees: Sequence[Any]) -> Any:
         return {"base": trees[0]["base"], "lora": union([tree["lora"] for tree in trees])}
@@ -215,10 +215,10 @@ def stacked_like(states: Sequence[Any]) -> State:
 
 
 def mesh_of(trial: TrialConfig) -> Mesh | None:
-    """The mesh that a trial's sweep asks for; None where there is a single device.
+    """The mesh of a trial's sweep; None on a single device.
 
     Raises:
-      LoraxError: sizes that are not those of the devices, or that do not divide the batches.
+      LoraxError: sizes do not match the number of devices, or do not divide the batches.
     """
     sizes = trial.sweep.mesh
     if jax.device_count() == 1 and (sizes.trial or 1) == sizes.data == sizes.fsdp == 1:
@@ -234,13 +234,13 @@ def mesh_of(trial: TrialConfig) -> Mesh | None:
 
 
 def trains_alone(trials: Sequence[TrialConfig]) -> bool:
-    """Whether the trials of a pack need no lanes: a single one, and no mesh that could help it."""
+    """Whether a pack needs no lanes: it has a single trial, and no mesh that could speed it up."""
     trial = trials[0]
     return len(trials) == 1 and (trial.train.mode == "full" or mesh_of(trial) is None)
 
 
 def even_share(count: int, wanted: int) -> int:
-    """How many of `count` lanes to compute side by side: near `wanted`, even parts preferred.
+    """Number of the `count` lanes to compute side by side: near `wanted`, preferably a divisor.
 
     >>> [even_share(12, wanted) for wanted in (0, 1, 5, 7, 99)]
     [1, 1, 4, 6, 12]
@@ -253,7 +253,7 @@ def even_share(count: int, wanted: int) -> int:
 
 
 def _counted(count: int, side: int) -> int:
-    """Lanes whose FLOPs XLA counts: a loop's body counts once, beside the remainder."""
+    """Number of lanes whose FLOPs XLA counts: a loop's body once, and the remainder."""
     return count if side >= count else side + count % side
 
 

@@ -1,7 +1,7 @@
 """The packed programs: one optimizer step, or one forward pass, of many trials at once.
 
-State, scales, hyperparameters and batches have a leading axis of K lanes; the frozen base has
-none, and is shared. On a mesh the lanes are spread over its `trial` axis.
+State, scales, hyperparameters and batches have a leading axis of K lanes. The frozen base has
+none and is shared. On a mesh the lanes are sharded over its `trial` axis.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ from lorax.train.step import AnyBatch, Batch, Frozen, Program, State, forward, o
 class Packed(NamedTuple):
     """The static part of a pack.
 
-    Few lanes side by side keep temporaries small, which is what a CPU's caches want; an
-    accelerator wants as many as its memory holds. The numbers are the same.
+    Few lanes side by side keep temporaries small enough for a CPU's caches; an accelerator is
+    fastest with as many as its memory holds. The numbers are the same.
 
     Attributes:
-      program: what its lanes have in common.
-      side_by_side: lanes that a device vectorises; the others follow one part after another.
+      program: the static part that its lanes share.
+      side_by_side: lanes that a device vectorises; it computes the parts one after another.
       mesh: where they run; None is one device.
     """
 
@@ -83,7 +83,7 @@ def batched_predict(packed: Packed) -> Any:
 
 
 def _parts(batch: AnyBatch) -> tuple[Any, Any, Callable[[Any, Any], AnyBatch]]:
-    """What lanes share of a batch, what each has of its own, and how both go together."""
+    """(the part of a batch that lanes share, the part of each lane, a function to join them)."""
     if not isinstance(batch, IndexedBatch):
         return None, batch, lambda _, own: own
     shape = batch.shape

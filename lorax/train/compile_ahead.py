@@ -1,4 +1,4 @@
-"""Compiles the step for the shapes to come, while the steps of the first shape are computed."""
+"""Compiles the step for later shapes while the steps of the first shape run."""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +9,13 @@ from lorax.train.optimizer import Hyper
 
 
 class CompileAhead:
-    """A thread that compiles.
+    """A thread that compiles the step for coming shapes.
 
-    A shape that is needed before its program is done is waited for; a fault of a compilation is
-    raised there, too.
+    The loop waits for a program that it needs before its compilation ends, and gets a fault of
+    the compilation there.
 
     Args:
-      engine: whose step it is.
+      engine: computes the step.
       hyper: of any step.
       batches: one for each shape, in the order in which they are needed.
     """
@@ -29,5 +29,5 @@ class CompileAhead:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the program that is being compiled; do not begin another."""
+        """Wait for the current compilation; do not start another."""
         self._pool.shutdown(cancel_futures=True)

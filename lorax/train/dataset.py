@@ -1,4 +1,4 @@
-"""From a trial's config to its data, tokenized."""
+"""The tokenized data of a trial's config."""
 
 import dataclasses
 import math
@@ -20,11 +20,11 @@ class Dataset:
     """A tokenized task.
 
     Attributes:
-      task: what is known of it.
+      task: its description.
       train: the training split.
       dev: each dev split.
-      layout: the shapes that training's micro-batches are packed into.
-      multiple: devices that the rows of a batch are spread over.
+      layout: the shapes of packed micro-batches in training.
+      multiple: number of devices that share the rows of a batch.
       pad_id: token id of the padding.
     """
 
@@ -42,7 +42,7 @@ def cache_key(config: TaskConfig | ModelConfig) -> tuple[tuple[str, Any], ...]:
 
 
 def load_dataset(config: TrialConfig) -> Dataset:
-    """The task in the model's tokens; kept, so that a sweep tokenizes once."""
+    """The task in the model's tokens; cached, so that a sweep tokenizes once."""
     train, mesh = config.train, config.sweep.mesh
     content = dataclasses.replace(content_of(config), masks=None)  # changed files are read again
     source = cache_key(config.task), config.model.source, config.model.revision, content
@@ -129,7 +129,7 @@ def steps_of(train: TrainConfig, examples: int) -> int:
 
 
 def _pad_id(tokenizer: Any, source: str, revision: str | None, task: data.Task) -> int:
-    """The model's padding token; its embeddings have to hold all ids of the tokenizer."""
+    """The model's padding token; checks that the embeddings cover the tokenizer's ids."""
     is_decoder = task.kind == "causal_lm"
     config = load_config(ModelConfig(source=source, revision=revision), is_decoder=is_decoder)
     if (largest := data.largest_id(tokenizer)) >= config.vocab_size:
@@ -137,4 +137,4 @@ def _pad_id(tokenizer: Any, source: str, revision: str | None, task: data.Task) 
             f"model.source={source}: its tokenizer has token ids up to {largest}, but the model "
             f"only {config.vocab_size} embeddings; they do not belong together"
         )
-    return 0 if is_decoder else config.pad_token_id  # no token sees a decoder's padding
+    return 0 if is_decoder else config.pad_token_id  # no token attends to a decoder's padding

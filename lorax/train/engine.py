@@ -1,4 +1,4 @@
-"""What computes the steps of the loop's runs."""
+"""The interface between the training loop and the programs that compute its steps."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,12 +13,12 @@ from lorax.train.step import Program
 
 
 class Engine(Protocol):
-    """Trains K runs in lockstep; their order is the loop's.
+    """Trains K runs in lockstep, in the loop's order.
 
     Batches are `IndexedBatch`es, or dicts as of `lorax.data.collate`.
 
     Attributes:
-      program: what the runs have in common.
+      program: the static part that the runs share.
       mesh: where they train; None is one device.
     """
 
@@ -26,13 +26,13 @@ class Engine(Protocol):
     mesh: Mesh | None
 
     def compile(self, hyper: Hyper, batch: Any) -> tuple[StepCost, bool]:
-        """(the cost of the step for this batch shape, whether it was compiled just now)."""
+        """(cost of the step for this batch shape, whether this call has compiled it)."""
 
     def compilation(self, hyper: Hyper, batch: Any) -> Callable[[], Any]:
-        """A call that compiles the step for this batch shape, from any thread."""
+        """A function that compiles the step for this batch shape, from any thread."""
 
     def step(self, hyper: Hyper, batch: Any) -> jax.Array:
-        """One optimizer step of each run: their losses (K,), not waited for.
+        """Start one optimizer step of each run; return the losses (K,) without waiting.
 
         Args:
           hyper: (K,) each.
@@ -40,10 +40,10 @@ class Engine(Protocol):
         """
 
     def read(self, losses: jax.Array) -> np.ndarray:
-        """The losses of `step`, waited for: (K,)."""
+        """Wait for the losses of `step`: (K,)."""
 
     def predict(self, batch: Any) -> Any:
         """Outputs of each run for one batch, which has no run axis: (K, N, outputs)."""
 
     def trainable(self, run: int) -> Any:
-        """What a run trains, on the host, in its own shapes."""
+        """A run's trainable part, on the host, in its own shapes."""

@@ -29,7 +29,7 @@ def predict_split(
       forward: from a batch of N examples to (..., N, outputs); the leading axes are the lanes.
       dataset: its row length and padding.
       encoded: the split.
-      batch_size: examples a forward pass, on average.
+      batch_size: mean number of examples in a forward pass.
       split: the split on the device; None puts it there.
     """
     batches = list(batches_of(encoded, batch_size, dataset, split or device_split(encoded)))
@@ -41,11 +41,11 @@ def predict_split(
 def batches_of(
     encoded: data.Encoded, batch_size: int, dataset: Dataset, split: DeviceSplit
 ) -> Iterator[tuple[np.ndarray, IndexedBatch]]:
-    """The batches of an evaluation, with the examples that each holds.
+    """The batches of an evaluation, each with its examples.
 
     Args:
       encoded: the split.
-      batch_size: examples a batch, on average.
+      batch_size: mean number of examples in a batch.
       dataset: its row length and padding.
       split: the split on the device.
     """
@@ -60,7 +60,7 @@ def batches_of(
 def _planned(
     encoded: data.Encoded, batch_size: int, row_length: int, multiple: int
 ) -> tuple[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """Rows of all batches, and of each (its examples, the same filled up with -1, their starts)."""
+    """(rows of every batch; for each batch its examples, the same padded with -1, their starts)."""
     layout, batches = data.eval_plan(encoded, batch_size, row_length, multiple)
     found = []
     for indices, placed in batches:
@@ -77,7 +77,7 @@ def _planned(
 def score(dataset: Dataset, outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
     """Loss and metrics on every dev split, from its outputs (n, outputs).
 
-    Names of further splits carry their suffix: MNLI has `accuracy` and `accuracy_mismatched`.
+    Metrics of further splits have a suffix: MNLI has `accuracy` and `accuracy_mismatched`.
     """
     task = dataset.task
     results: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""The end of a run: its adapter and its result are written, what it no longer needs is removed."""
+"""The end of a run: write its adapter and its result, and remove its checkpoints."""
 
 import dataclasses
 import shutil
@@ -17,18 +17,18 @@ from lorax.train.setup import HEAD, Setup
 
 
 def write_result(run: Run) -> Result:
-    """Write a run's adapter, as its best evaluation saw it, and its result; end its tracker."""
+    """Write a run's adapter of its best evaluation, and its result; end its tracker."""
     trial = run.trial
     result = _result(run, _save_adapter(run))
     for path in filter(Path.exists, (trial.adapter, trial.metrics)):
-        sync_all(path)  # a result that survives a power cut says that these are whole
+        sync_all(path)  # before the result, which states that these are complete
     write_json(trial.directory / RESULT, result)
     run.tracker.finish(dict(result), trial.adapter)
     return result
 
 
 def remove_checkpoints(trial: Trial) -> None:
-    """Remove what a trial that has ended no longer needs."""
+    """Remove the checkpoints that an ended trial no longer needs."""
     (trial.directory / POINTER).unlink(missing_ok=True)
     if not trial.config.train.keep_checkpoints:
         shutil.rmtree(trial.checkpoints, ignore_errors=True)
@@ -42,7 +42,7 @@ def start_over(trial: Trial) -> None:
 
 
 def _save_adapter(run: Run) -> int:
-    """Keep the best evaluation's trained part, at its true rank."""
+    """Save the trainable part of the best evaluation, at its true rank; return its bytes."""
     trained, spec = run.best, run.setup.spec
     if spec:
         ranks = {target: spec.rank_of(target) for target in trained["lora"]}

@@ -1,4 +1,4 @@
-"""Learning rates and the rest of the optimizer's data, for runs in lockstep."""
+"""Learning rates and other hyperparameters of the optimizer, for runs in lockstep."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from lorax.train.schedule import lr_table
 
 
 class HyperStream:
-    """The optimizer's data of K runs, by step.
+    """The optimizer's hyperparameters of K runs, by step.
 
     Args:
       configs: of the runs.
@@ -37,7 +37,7 @@ class HyperStream:
         self._fixed = [jnp.asarray(np.asarray(values, np.float32)) for values in fixed]
 
     def at(self, step: int) -> Hyper:
-        """The data of a step, the first being 0: (K,) float32 each."""
+        """The hyperparameters of a step, the first being 0: (K,) float32 each."""
         factors = self._tables[self._table_of_run, step]
         lr, head_lr = self._lr * factors, self._head_lr * factors
         return Hyper(lr.astype(np.float32), head_lr.astype(np.float32), *self._fixed)

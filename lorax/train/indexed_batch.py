@@ -1,7 +1,7 @@
-"""Batches as numbers of examples and their places, which the device turns into tokens.
+"""Batches as example numbers and their places, which the device expands to tokens.
 
-A split's tokens are on the device once. A batch is two short vectors, so that the host's work for a
-step does not grow with its tokens. `expand` gives what `lorax.data.collate` does.
+A split's tokens are on the device once. A batch is two short vectors, so the host's work per step
+does not grow with its tokens. `expand` returns the same batch as `lorax.data.collate`.
 
 Shapes in names: P micro-batches, N examples each, R rows each, T tokens a row.
 """
@@ -20,15 +20,15 @@ from lorax.train.mesh import on_every_device, replicate, spread_rows
 
 
 class DeviceSplit(NamedTuple):
-    """A split on the device: its examples' tokens end to end.
+    """A split on the device: its examples' tokens, concatenated.
 
     Attributes:
       token_ids: (tokens,) int32.
       token_types: (tokens,) uint8.
       offsets: (examples + 1,) int32: where each example starts, and the end.
       labels: (examples,).
-      hidden: (tokens, width), what frozen layers make of them; see `lorax.train.prefix`.
-      features: (examples, width), what a head reads of them; likewise.
+      hidden: (tokens, width), the outputs of frozen layers; see `lorax.train.prefix`.
+      features: (examples, width), the inputs of a head; see there too.
     """
 
     token_ids: Any
@@ -66,10 +66,10 @@ class IndexedBatch:
     """A batch of a split, or one for each lane.
 
     Attributes:
-      split: what it is taken from.
-      examples: (..., P * N) int32: numbers of examples; -1 where a partial batch lacks one.
+      split: its source.
+      examples: (..., P * N) int32: numbers of examples; -1 where a partial batch has none.
       starts: (..., P * N) int32: the place of each example's first token in its micro-batch's rows
-        laid end to end.
+        concatenated.
       shape: of the batch.
     """
 
@@ -102,7 +102,7 @@ def device_split(encoded: Encoded, mesh: Mesh | None = None) -> DeviceSplit:
 def expand(batch: IndexedBatch) -> dict[str, jax.Array]:
     """The batch in rows, with the keys, shapes and values of `lorax.data.collate`.
 
-    And `hidden` (P * R, T, width), or `features` (P * N, width), if the split has them.
+    It also has `hidden` (P * R, T, width) or `features` (P * N, width) if the split does.
     """
     parts, rows, row_length, pad_id = batch.shape
     split = batch.split
@@ -111,7 +111,7 @@ def expand(batch: IndexedBatch) -> dict[str, jax.Array]:
     offsets, ends = split.offsets[numbers], split.offsets[numbers + 1]
     lengths_PxN = jnp.where(is_there, ends - offsets, 0).reshape(parts, -1)
     starts_PxN = batch.starts.reshape(parts, -1)
-    # An example's tokens are those of its split, moved by one number.
+    # An example's tokens are those of its split, shifted by a constant.
     shifts_PxN = offsets.reshape(parts, -1) - starts_PxN
 
     places = jnp.arange(rows * row_length)
@@ -145,12 +145,12 @@ def expand(batch: IndexedBatch) -> dict[str, jax.Array]:
 
 
 def in_rows(batch: Any) -> dict[str, jax.Array]:
-    """A batch in rows, whichever form it has."""
+    """A batch in rows, from either form."""
     return expand(batch) if isinstance(batch, IndexedBatch) else batch
 
 
 def shape_of(batch: Any) -> tuple[int, int]:
-    """(rows of all micro-batches, tokens a row) of a batch, with lanes or without."""
+    """(rows of all micro-batches, tokens per row) of a batch with or without lanes."""
     if isinstance(batch, IndexedBatch):
         return batch.shape.parts * batch.shape.rows, batch.shape.row_length
     rows, row_length = batch["input_ids"].shape[-2:]

@@ -23,7 +23,7 @@ AT_THE_START = "before the first step of training: nothing is lost"
 
 
 class _Pending(NamedTuple):
-    """A step that was started: its number from 1, the learning rates (K,), the losses (K,)."""
+    """A started step: its number from 1, the learning rates (K,), the losses (K,)."""
 
     number: int
     rates: np.ndarray
@@ -35,16 +35,16 @@ def _nothing(loop: "Loop") -> None:
 
 
 class Loop:
-    """Trains runs that share task, steps and batch size, from where they are to their ends.
+    """Trains runs that share task, steps and batch size, from their current step to their ends.
 
     Args:
-      dataset: the runs' own.
+      dataset: of the runs.
       runs: one, or several that an engine trains together.
       engine: computes the runs' steps.
       step: optimizer steps done.
-      save: writes a checkpoint of everything.
-      end: takes a run that has ended, for whatever reason.
-      judge: called after each evaluation; may end runs, and call `keep`.
+      save: writes a checkpoint of all runs.
+      end: called with each run that has ended, for whatever reason.
+      judge: called after each evaluation; may end runs and call `keep`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Loop:
         self.train = runs[0].config.train
         self.batches_per_epoch = runs[0].batches_per_epoch
         self.total_steps = runs[0].total_steps
-        self.full_steps: list[float] = []  # seconds of the steps of all runs together
+        self.full_steps: list[float] = []  # seconds per step of all runs together
         self._width = len(runs)
         self._saved_step, self._saved_at = step, time.monotonic()
         self._take(runs)
@@ -78,7 +78,7 @@ class Loop:
         self._batches = BatchStream(self.dataset, self.train, seeds, split)
         self._hypers = HyperStream(configs, self.total_steps)
         self._log_every = np.asarray([config.train.log_every for config in configs])
-        self._losses = np.full(len(runs), np.nan, np.float32)  # of the step that was read last
+        self._losses = np.full(len(runs), np.nan, np.float32)  # of the latest step that was read
 
     def keep(self, places: Sequence[int]) -> None:
         """Keep the runs at these places, in this order; the engine has dropped the others."""
@@ -89,13 +89,13 @@ class Loop:
         return [run for run in self.runs if run.is_alive]
 
     def run(self, bar: Any) -> None:
-        """Train to the end; a signal that stops the process acts when the step is saved.
+        """Train to the end; a signal that stops the process acts after the step is saved.
 
         Args:
           bar: a progress bar with `update`, `set_postfix` and `set_postfix_str`.
         """
         with stop.training():
-            self.end_runs()  # killed after their last checkpoint, before their results
+            self.end_runs()  # runs that were killed between last checkpoint and result
             with self._compile_ahead():
                 self._run(bar)
             self.end_runs(all_of_them=True)
@@ -173,7 +173,7 @@ class Loop:
         return {**shown, f"best {best.metric}": f"{best.best_value:.3f}"}
 
     def _due(self) -> str | None:
-        """What the step just done is followed by: an evaluation, a checkpoint, or nothing."""
+        """What follows the current step: an evaluation, a checkpoint, or nothing."""
         every = self.train.eval_every or self.batches_per_epoch
         if self.step % every == 0 or self.step == self.total_steps:
             return "evaluation"
@@ -183,7 +183,7 @@ class Loop:
         return "checkpoint" if is_counted or is_late or stop.is_asked() else None
 
     def _stop_if_asked(self) -> None:
-        """Let a signal act; all that was trained is saved."""
+        """Let a waiting signal act; the step must be saved already."""
         at = f"at step {self.step} of {self.total_steps}, which is saved"
         saved = f"{at}; the same command resumes from there" if self.step else AT_THE_START
         stop.act(saved)
@@ -195,7 +195,7 @@ class Loop:
             bar.set_postfix(self._postfix())
             self._judge(self)
         if any(not run.progress.reason for run in self.runs):
-            self._save(self)  # weights that are not finite are not worth resuming from
+            self._save(self)  # not weights that are not finite: resuming from them is useless
             self._saved_step, self._saved_at = self.step, time.monotonic()
         self.end_runs()
 
@@ -215,7 +215,7 @@ class Loop:
                 )
 
     def end_runs(self, *, all_of_them: bool = False) -> None:
-        """Hand over every run that has ended and was not handed over before."""
+        """Pass each run that has ended to `end`, once."""
         for run in self.runs:
             if not run.has_ended and (all_of_them or not run.is_alive):
                 self._end(self, run)

@@ -1,9 +1,9 @@
 """Packed trials on a mesh of devices: lanes over `trial`, batch rows over `data` and `fsdp`.
 
-A lane is one trial of a pack. `map_lanes` is manual over `trial` (`jax.shard_map`), so that no
-collective can cross trials; `data` and `fsdp` are left to XLA's partitioner, which splits batch
-rows over both. A large frozen base is stored in pieces along `fsdp`; `gather` says where the
-pieces are put together. Without a mesh all of it is the plain program of one device.
+A lane is one trial of a pack. `map_lanes` is manual over `trial` (`jax.shard_map`), so no
+collective can cross trials. XLA's partitioner handles `data` and `fsdp` and shards batch rows
+over both. A large frozen base is sharded along `fsdp`; `gather` marks where the shards are
+gathered. Without a mesh, these functions give the plain program of one device.
 
 Every process has the same host arrays and calls the same functions in the same order.
 
@@ -25,22 +25,22 @@ AXES = ("trial", "data", "fsdp")
 ROWS = ("data", "fsdp")
 LANES = PartitionSpec("trial")
 REPLICATED = PartitionSpec()
-SMALLEST_SHARDED = 2**16  # elements; below, a collective costs more than the memory is worth
+SMALLEST_SHARDED = 2**16  # elements; for smaller leaves a collective costs too much for the memory
 
 
 def make_mesh(trial: int | None = None, data: int = 1, fsdp: int = 1) -> Mesh:
     """The mesh over all devices of all processes.
 
-    `trial` is the outermost axis: processes, between which links are slow, then hold different
-    trials, which need not talk.
+    `trial` is the outermost axis: links between processes are slow, and different trials need
+    no communication.
 
     Args:
-      trial: groups of devices that train different lanes; None takes what is left.
+      trial: groups of devices that train different lanes; None takes all remaining devices.
       data: devices that share the rows of a lane's batch, each with the whole base.
-      fsdp: devices that share rows and hold a piece of the base each.
+      fsdp: devices that share rows, each with a shard of the base.
 
     Raises:
-      LoraxError: sizes whose product is not the number of devices.
+      LoraxError: the product of the sizes is not the number of devices.
     """
     count, inner = jax.device_count(), data * fsdp
     if min(data, fsdp, 1 if trial is None else trial) < 1:
@@ -57,12 +57,12 @@ def make_mesh(trial: int | None = None, data: int = 1, fsdp: int = 1) -> Mesh:
 
 
 def padded(lanes: int, mesh: Mesh) -> int:
-    """How many lanes a pack of `lanes` has on the mesh: a multiple of its `trial` axis."""
+    """Number of lanes of a pack on the mesh: `lanes`, padded to a multiple of the `trial` axis."""
     return math.ceil(lanes / mesh.shape["trial"]) * mesh.shape["trial"]
 
 
 def fsdp_spec(shape: tuple[int, ...], size: int) -> PartitionSpec:
-    """How a leaf of the base is cut: along its longest axis that `size` divides.
+    """How a leaf of the base is sharded: along its longest axis that `size` divides.
 
     Small leaves, and those without such an axis, are replicated.
 
@@ -78,14 +78,14 @@ def fsdp_spec(shape: tuple[int, ...], size: int) -> PartitionSpec:
 
 @cache
 def base_shardings(mesh: Mesh) -> Callable[[tuple[int, ...]], NamedSharding]:
-    """From the shape of a leaf of the base to its pieces on the mesh; one function a mesh."""
+    """A function from the shape of a leaf of the base to its sharding; one function per mesh."""
     return lambda shape: NamedSharding(mesh, fsdp_spec(shape, mesh.shape["fsdp"]))
 
 
 def shard_base(params: Any, mesh: Mesh) -> Any:
-    """The frozen base on the mesh, each leaf cut by `fsdp_spec`; None stays None.
+    """The frozen base on the mesh, each leaf sharded by `fsdp_spec`; None stays None.
 
-    Leaves that were loaded so (`base_shardings`) are left as they are.
+    Leaves that were loaded with this sharding (`base_shardings`) are not copied.
     """
     shardings = base_shardings(mesh)
 
@@ -98,15 +98,15 @@ def shard_base(params: Any, mesh: Mesh) -> Any:
 
 
 def shard_lanes(tree: Any, mesh: Mesh) -> Any:
-    """Leaves (K, ...) spread over `trial`: (padded K, ...), the last lane repeated."""
+    """Leaves (K, ...) sharded over `trial`: (padded K, ...), with the last lane repeated."""
     return jax.tree.map(lambda x: _put(_pad(x, mesh), mesh, LANES), tree)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Leaves (K, B, ...) as `shard_lanes`, their rows spread over `data` and `fsdp`.
+    """Leaves (K, B, ...) as `shard_lanes`, with rows sharded over `data` and `fsdp`.
 
     Raises:
-      LoraxError: B is no multiple of D.
+      LoraxError: B is not a multiple of D.
     """
     return jax.tree.map(
         lambda x: _put(_pad(_whole(x, 1, mesh), mesh), mesh, PartitionSpec("trial", ROWS)), batch
@@ -114,21 +114,21 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """Leaves (B, ...) that all lanes share, their rows spread over `data` and `fsdp`.
+    """Leaves (B, ...) that all lanes share, with rows sharded over `data` and `fsdp`.
 
     Raises:
-      LoraxError: B is no multiple of D.
+      LoraxError: B is not a multiple of D.
     """
     return jax.tree.map(lambda x: _put(_whole(x, 0, mesh), mesh, PartitionSpec(ROWS)), batch)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Leaves that every device holds whole."""
+    """Leaves replicated on every device."""
     return jax.tree.map(lambda x: _put(x, mesh, REPLICATED), tree)
 
 
 def _put(x: Any, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
-    """A global array from one that every process has; unlike `device_put`, without a check."""
+    """A global array from one that every process has; unlike `device_put`, it does not check."""
     x = np.asarray(x)
     sharding = NamedSharding(mesh, spec)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
@@ -151,7 +151,7 @@ def _whole(x: Any, axis: int, mesh: Mesh) -> Any:
 def to_host(tree: Any, lanes: int) -> Any:
     """Leaves (padded K, ...) as NumPy arrays (K, ...), in every process.
 
-    With several processes this is a collective: all of them have to call it.
+    With several processes this is a collective: all of them must call it.
     """
     leaves = jax.tree.leaves(tree)
     if not all(leaf.is_fully_addressable for leaf in leaves):
@@ -175,12 +175,12 @@ def map_lanes(
     """`one(shared, lane)` for every lane; to be compiled by `jit_lanes`.
 
     Args:
-      one: a pure function of what lanes share and of one lane.
+      one: a pure function of the shared part and of one lane.
       shared: no lane axis; of `shard_base` and `shard_rows`.
       lanes: leaves (K, ...); of `shard_lanes` and `shard_batch`.
       mesh: None for one device.
-      chunk: lanes that a device computes at once, the others one chunk after another; None for
-        all. A number that does not divide a device's lanes compiles `one` twice.
+      chunk: lanes that a device computes at once, chunk after chunk; None for all. A number that
+        does not divide a device's lanes compiles `one` twice.
 
     Returns:
       Leaves (K, ...).
@@ -200,10 +200,10 @@ def map_lanes(
 
 
 def jit_lanes(function: Callable[..., Any], mesh: Mesh | None, **options: Any) -> Any:
-    """`jax.jit` of a function that returns lanes: spread over `trial`, whole on the other axes.
+    """`jax.jit` of a function that returns lanes: sharded over `trial`, replicated elsewhere.
 
-    Left to itself XLA may cut a new state along `data` or `fsdp`, which the next call of the same
-    executable would refuse.
+    Otherwise XLA may shard a new state along `data` or `fsdp`, and the next call of the same
+    executable would refuse it.
     """
     if mesh is None:
         return jax.jit(function, **options)
@@ -216,9 +216,9 @@ def _run(one: Callable[[Any, Any], Any], chunk: int | None, shared: Any, lanes: 
 
 
 def gather(params: Any) -> Any:
-    """The base put together from its pieces, inside a function of `map_lanes`.
+    """The base gathered from its shards, inside a function of `map_lanes`.
 
-    Left to itself XLA may leave the weights where they are and move activations instead.
+    Otherwise XLA may leave the weights sharded and move activations instead.
     """
     if not _is_fsdp():
         return params
@@ -226,7 +226,7 @@ def gather(params: Any) -> Any:
 
 
 def regather(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """`loss`, whose backward pass gathers the base again instead of keeping it whole."""
+    """`loss` with a backward pass that gathers the base again instead of keeping it whole."""
     return jax.checkpoint(loss, policy=_is_kept) if _is_fsdp() else loss
 
 
@@ -235,14 +235,14 @@ def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def on_every_device(tree: Any) -> Any:
-    """Leaves that each device of a program computes whole, so that none has to be sent."""
+    """Leaves that each device computes whole, so that no device sends them."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, REPLICATED), tree)
 
 
 def spread_rows(batch: Any, axis: int) -> Any:
-    """Rows along `axis` spread over `data` and `fsdp`: needed after a reshape of rows."""
+    """Rows along `axis` sharded over `data` and `fsdp`; needed after a reshape of rows."""
     if jax.sharding.get_abstract_mesh().empty:
         return batch
     spec = PartitionSpec(*[None] * axis, ROWS)

@@ -1,4 +1,4 @@
-"""What a trial costs: time, memory, FLOPs."""
+"""The costs of a trial: time, memory, FLOPs."""
 
 import time
 from dataclasses import asdict, dataclass, field
@@ -21,8 +21,8 @@ class Meter:
     Attributes:
       compile_seconds: time spent compiling the step, in all legs up to their last checkpoint.
       lanes: trials that the process trains together; time and compilation are shared evenly.
-      most_lanes: of all legs; in the result.
-      began: when the first resumption started, in UTC; None of a checkpoint that does not say.
+      most_lanes: largest number of lanes in all legs; in the result.
+      began: when the first leg started, in UTC; None if the checkpoint does not record it.
     """
 
     shapes: dict[int, StepCost] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Meter:
     began: str | None = field(default_factory=now)
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed trial's costs are the whole trial's."""
+        """The record for a checkpoint, so that a resumed trial reports the whole trial's costs."""
         return {
             "shapes": {str(t): asdict(cost) for t, cost in (self.earlier | self.shapes).items()},
             "compile_seconds": self.compile_seconds,
@@ -50,7 +50,7 @@ class Meter:
 
     @classmethod
     def restore(cls, record: dict[str, Any]) -> "Meter":
-        """The meter of a trial that goes on; programs compiled again cost again."""
+        """The meter of a trial that resumes; programs compiled again cost again."""
         meter = cls(
             step_seconds=list(record["step_seconds"]),
             earlier_seconds=record["seconds"],
@@ -75,11 +75,11 @@ class Meter:
         self.steps_by_tokens[tokens] = self.steps_by_tokens.get(tokens, 0) + 1
 
     def add_step(self, seconds: float) -> None:
-        """Note how long a step took, without compilation: the trial's share of it."""
+        """Record the seconds of a step, without compilation: the trial's share of them."""
         self.step_seconds.append(seconds / self.lanes)
 
     def share(self, lanes: int, since: float | None = None) -> None:
-        """So many trials share the process's time: from now on, or in all since `since`."""
+        """Share the process's time among `lanes` trials: from now on, or all since `since`."""
         if since is None:
             self.earlier_seconds, since = self.seconds, time.perf_counter()
         self.started, self.lanes = since, lanes

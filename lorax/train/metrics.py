@@ -52,7 +52,7 @@ def perplexity(outputs: np.ndarray) -> float:
 
 
 def token_accuracy(outputs: np.ndarray) -> float:
-    """Share of the target tokens that were the likeliest ones, from `score_examples`."""
+    """Share of target tokens that were the most probable ones, from `score_examples`."""
     _, tokens, hits = outputs.sum(0, dtype=np.float64)
     return float(hits / tokens)
 
@@ -69,8 +69,8 @@ def evaluate(
     Args:
       names: keys of `METRICS`, or of `TOKEN_METRICS` for a language model.
       kind: `classification` (outputs are logits, (n, classes)), `regression` ((n, 1)) or
-        `causal_lm` (of `score_examples`, (n, 3)).
-      outputs: what the model gave, real examples only.
+        `causal_lm` (from `score_examples`, (n, 3)).
+      outputs: of the model, for real examples only.
       labels: class ids or scores, (n,).
 
     Returns:
@@ -94,8 +94,8 @@ def is_constant(kind: str, outputs: np.ndarray) -> bool:
     """Whether a classifier's or a regression's predictions are the same for every example.
 
     Args:
-      kind: as of `evaluate`; a language model has no such predictions.
-      outputs: what the model gave, (n, classes) or (n, 1); n of at least 2 counts.
+      kind: as in `evaluate`; False for a language model, which has no such predictions.
+      outputs: of the model, (n, classes) or (n, 1); False for n below 2.
 
     >>> is_constant("classification", np.array([[0., 1.], [2., 3.]]))
     True

@@ -1,4 +1,4 @@
-"""What a causal language model is trained and judged by: how well it predicts target tokens.
+"""The loss and the scores of a causal language model: its predictions of target tokens.
 
 Shapes in names: B rows, T tokens, N examples.
 """
@@ -17,15 +17,15 @@ COLUMNS = ("loss", "tokens", "hits")
 def next_tokens(
     ids_BxT: jax.Array, targets_BxT: jax.Array, numbers_BxT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Each token's successor, and whether it is to be predicted.
+    """Each token's successor, and whether it is a target.
 
     Args:
       ids_BxT: token ids.
-      targets_BxT: 1 on the tokens that are to be predicted, a completion's; 0 on a prompt's.
-      numbers_BxT: which example a token belongs to, from 1; 0 is padding.
+      targets_BxT: 1 on target tokens, such as a completion's; 0 on a prompt's.
+      numbers_BxT: number of the example that a token belongs to, from 1; 0 is padding.
 
     Returns:
-      Ids and a mask, (B, T) each. The first token of an example is nobody's successor.
+      Ids and a mask, (B, T) each. The first token of an example is never a target.
     """
     following_BxT = jnp.roll(numbers_BxT, -1, axis=1).at[:, -1].set(0)
     is_target_BxT = (jnp.roll(targets_BxT, -1, axis=1) != 0) & (following_BxT == numbers_BxT)
@@ -39,12 +39,12 @@ def score_examples(
     smoothing: float = 0.0,
     prefix: Prefix | None = None,
 ) -> jax.Array:
-    """Of each example (summed loss in nats, target tokens, hits): (N, 3).
+    """(summed loss in nats, number of target tokens, hits) of each example: (N, 3).
 
     Args:
       model: a `CausalLM`, adapted or not.
       batch: as `lorax.data.collate` or `lorax.data.pad` makes it, of documents: its
-        `token_type_ids` mark the tokens that are to be predicted.
+        `token_type_ids` mark the target tokens.
       rngs: stream `dropout` turns dropout on.
       smoothing: of the targets.
       prefix: see `CausalLM.score`.

@@ -9,7 +9,7 @@ from lorax.lora.paths import leaf_path
 
 
 class Hyper(NamedTuple):
-    """What a step's update depends on, as fp32 scalars that may be traced."""
+    """The hyperparameters of a step's update, as fp32 scalars that may be traced."""
 
     lr: Any
     head_lr: Any
@@ -21,7 +21,7 @@ class Hyper(NamedTuple):
 
 
 def init(trainable: Any, hyper: Hyper) -> optax.OptState:
-    """Optimizer state for the trainable part alone."""
+    """Optimizer state of the trainable part only."""
     return _transform(trainable, hyper).init(trainable)
 
 
@@ -31,7 +31,7 @@ def update(
     """One AdamW step: (new trainable, new state).
 
     The gradient is clipped by its global norm, over the trainable part; weight decay is
-    decoupled and spares biases and norms; the head may have its own learning rate.
+    decoupled and excludes biases and norms; the head may have its own learning rate.
     """
     steps, state = _transform(trainable, hyper).update(grads, state, trainable)
 
@@ -51,7 +51,7 @@ def _transform(trainable: Any, hyper: Hyper) -> optax.GradientTransformation:
 
 
 def decay_mask(trainable: Any) -> Any:
-    """True where weight decay applies: everywhere but on biases and norms."""
+    """True where weight decay applies: on all leaves except biases and norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: _decays(leaf_path(path)), trainable)
 
 

@@ -1,9 +1,9 @@
-"""Outputs of frozen layers, which are the same in every step, computed once.
+"""Outputs of frozen layers, computed once because they are the same in every step.
 
-Without dropout, what the layers below the lowest trained one compute depends on the example alone.
-In mode `head` these are all layers, and what the head reads is one vector an example. They are
-computed once for a split, for all trials and epochs of a process, and kept on the device if they
-take no more than `train.prefix_cache_gib`.
+Without dropout, the outputs of the layers below the lowest trained one depend on the example only.
+In mode `head` these are all layers, and the head reads one vector per example. The outputs are
+computed once per split, for all trials and epochs of a process. They are kept on the device if
+they take no more than `train.prefix_cache_gib`.
 """
 
 import logging
@@ -33,7 +33,7 @@ class FrozenPrefix:
     """The frozen first layers of runs in lockstep.
 
     Attributes:
-      program: of the runs; its `frozen_layers` are those that all of them leave as they are.
+      program: of the runs; none of them changes its `frozen_layers`.
       setup: of one of the runs.
       config: of the same run.
       dataset: of the runs.
@@ -48,7 +48,7 @@ class FrozenPrefix:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the outputs are computed once: they have room, and there is no mesh."""
+        """Whether the outputs are computed once: they fit in memory, and there is no mesh."""
         return not self.mesh and self.program.frozen_layers > 0 and self._fits
 
     @property
@@ -62,7 +62,7 @@ class FrozenPrefix:
         return vectors * self.setup.width * size <= self.config.train.prefix_cache_gib * GIB
 
     def split(self, encoded: Encoded) -> DeviceSplit:
-        """A split on the device, with the outputs of the layers if they are kept."""
+        """A split on the device, with the layers' outputs if they are kept."""
         if not self.is_kept:
             return device_split(encoded, self.mesh)
         kept = _KEPT.get(encoded)
@@ -103,7 +103,7 @@ class FrozenPrefix:
 def _places(
     encoded: Encoded, indices: np.ndarray, batch: IndexedBatch
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where a batch's tokens are in its rows laid end to end, and in the split."""
+    """The places of a batch's tokens in its concatenated rows, and in the split."""
     lengths = encoded.lengths[indices]
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     offsets = np.cumsum(encoded.lengths) - encoded.lengths

@@ -17,10 +17,10 @@ from lorax.train.setup import Setup
 
 @dataclass
 class Progress:
-    """Where a trial stands: what a checkpoint keeps besides arrays.
+    """A trial's progress: what a checkpoint keeps besides arrays.
 
-    The step and the seed give the next batch. `cut` says when, and after what comparison,
-    halving ended the trial.
+    The step and the seed determine the next batch. `cut` records the step at which halving ended
+    the trial, and the comparison that decided it.
     """
 
     step: int = 0
@@ -33,7 +33,7 @@ class Progress:
 
 
 def _exit_code(fault: type[BaseException] | None) -> int:
-    """The exit code that a tracker records for a trial that was left."""
+    """The exit code that a tracker records for a trial that has not ended."""
     if fault is None:
         return 0
     return FAILED if issubclass(fault, Exception) else INTERRUPTED
@@ -47,11 +47,11 @@ class Run:
       trial: the trial.
       setup: its arrays at the start.
       dataset: its data.
-      tracker: gets its records.
+      tracker: receives its records.
       best: the trainable part at the best evaluation, on the host.
-      progress: what it has reached.
-      meter: what it has cost.
-      has_ended: its result is written; what its lane still computes is ignored.
+      progress: its progress.
+      meter: its costs.
+      has_ended: its result is written; further results of its lane are ignored.
     """
 
     trial: Trial
@@ -67,7 +67,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Let go of a trial that has not ended: it goes on elsewhere, or after a fault later."""
+        """Close the tracker of a trial that has not ended; it continues elsewhere or later."""
         if not self.has_ended:
             self.tracker.close(_exit_code(kind))
 
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the trial goes on."""
+        """Whether the trial continues."""
         p = self.progress
         return not (self.has_ended or p.reason or p.stopped_early or p.cut)
 
@@ -117,7 +117,7 @@ class Run:
 
         Args:
           metrics: of `lorax.train.evaluation.score`.
-          trainable: gives what the trial trains, on the host; asked for a new best.
+          trainable: returns the trainable part on the host; called for a new best.
           is_constant: every example of the first dev split has the same prediction.
         """
         progress, value = self.progress, metrics[self.metric]
@@ -150,12 +150,12 @@ class Run:
 
     @property
     def signed_best(self) -> float:
-        """The best value, signed so that more is better; minus infinity before there is one."""
+        """The best value, signed so that higher is better; minus infinity before the first."""
         value = self.best_value
         return -math.inf if value is None else signed(self.metric, value)
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides arrays."""
+        """The JSON record for a checkpoint."""
         spec = self.setup.spec
         return {
             "progress": asdict(self.progress),

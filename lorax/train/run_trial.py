@@ -27,16 +27,16 @@ from lorax.train.single_engine import SingleEngine
 from lorax.train.start import Start, find_start
 
 log = logging.getLogger(__name__)
-# The name comes last: a long one would push the score out of a terminal of 80 columns.
+# The name is last: a long one would move the score out of a terminal of 80 columns.
 BAR = "{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}] {desc}"
 
 
 def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
-    """Train one trial, resume it, or return its result when it is finished.
+    """Train one trial, resume it, or return its result if it is finished.
 
     All files are under `<output_dir>/<sweep.name>/<trial id>`: `config.json`, `metrics.jsonl`,
-    `checkpoints/`, and at the end `adapter/` (what was trained, as the best evaluation saw it)
-    and `result.json`; checkpoints are removed then. A trial that is killed at any moment and
+    `checkpoints/`, and at the end `adapter/` (the parameters of the best evaluation) and
+    `result.json`; the checkpoints are then removed. A trial that is killed at any moment and
     called again resumes from its last checkpoint and ends with the same numbers.
 
     Args:
@@ -48,9 +48,9 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
       parameter counts, costs, environment.
 
     Raises:
-      LoraxError: whatever `check_trial` refuses, before training; a directory that cannot be
-        written, in which another process runs this trial, or in which it was trained on another
-        content of its data or base.
+      LoraxError: `check_trial` refuses the trial, before training; its directory cannot be
+        written, another process holds it, or the trial was trained there on other content of its
+        data or base.
     """
     trial = Trial.of(config)
     if resume:
@@ -63,15 +63,15 @@ def run_trial(config: TrialConfig, *, resume: bool = True) -> Result:
     with writing(trial.directory), trial.held():
         if not resume:
             start_over(trial)
-        elif result := trial.result():  # of another process, since
+        elif result := trial.result():  # written by another process meanwhile
             return result
         return _train(trial)
 
 
 def open_run(trial: Trial, start: Start) -> Run:
-    """The run of a trial: its config is written, its records continue from the start.
+    """The run of a trial: writes its config and continues its records from the start.
 
-    The config names the content that it is trained on, even where the trial's own does not.
+    The written config names the content of the training, even if the trial's own does not.
     """
     code_commit()  # now: the clone may be at another commit when the trial ends
     drop_incomplete(trial.directory)
@@ -83,7 +83,7 @@ def open_run(trial: Trial, start: Start) -> Run:
 
 
 def progress_bar(trials: Sequence[Trial], loop: Loop) -> Any:
-    """A bar over optimizer steps; silent without a terminal or when tracking asks for silence."""
+    """A bar over optimizer steps; silent without a terminal, or if the tracking says so."""
     is_silent = all(trial.config.tracking.kind == "none" for trial in trials)
     name = trials[0].id if len(trials) == 1 else f"pack of {len(trials)} trials"
     return tqdm(

@@ -30,9 +30,9 @@ def lr_table(name: str, total_steps: int, warmup_ratio: float) -> np.ndarray:
 def lr_factor(name: str, total_steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """Learning rate as a share of its peak, by optimizer step (the first is 0).
 
-    Warm-up rises linearly from 0 over `ceil(warmup_ratio * total_steps)` steps, as Hugging
-    Face's Trainer has it; then `linear` falls to 0 at `total_steps`, `cosine` along half a wave,
-    `constant` stays.
+    Warm-up rises linearly from 0 over `ceil(warmup_ratio * total_steps)` steps, as in Hugging
+    Face's Trainer. Then `linear` falls to 0 at `total_steps`, `cosine` falls along half a wave,
+    and `constant` stays.
 
     >>> factor = lr_factor("linear", 10, 0.2)
     >>> [round(factor(step), 3) for step in (0, 1, 2, 6, 10)]

@@ -1,4 +1,4 @@
-"""From a trial's config to its arrays: data, model, adapter, and what is trained."""
+"""The arrays of a trial's config: data, model, adapter, and the trainable part."""
 
 import dataclasses
 import re
@@ -58,7 +58,7 @@ LAYER = re.compile(r"\.layers\.(\d+)\.")
 class Setup:
     """A trial ready to run: `trainable` and `frozen` are the two sides of the split.
 
-    `content` says what it is trained on, `width` how wide hidden states are.
+    `content` identifies its data and base, `width` is the width of hidden states.
     """
 
     program: Program
@@ -72,7 +72,7 @@ class Setup:
 
 
 def spec_of(lora: LoraConfig, modules_to_save: tuple[str, ...] = (HEAD,)) -> LoraSpec:
-    """The LoraSpec of a config, a classifier's head among the modules to save."""
+    """The LoraSpec of a config; the modules to save include a classifier's head."""
     values = {field.name: getattr(lora, field.name) for field in dataclasses.fields(lora)}
     return LoraSpec(**values, modules_to_save=modules_to_save)
 
@@ -86,16 +86,16 @@ def _outputs(config: TrialConfig) -> int:
 
 
 def _heads(config: TrialConfig) -> tuple[str, ...]:
-    """The modules that are trained in full beside an adapter: a language model has none."""
+    """The modules that are trained in full with an adapter; none for a language model."""
     return (HEAD,) if _outputs(config) else ()
 
 
 def check_trial(config: TrialConfig, *, devices_are_here: bool = True) -> None:
-    """Refuse whatever can be refused before training: values, targets, data and weights.
+    """Check all that can be checked before training: values, targets, data and weights.
 
     Args:
       config: the trial.
-      devices_are_here: False where another process trains it, on a device of its own.
+      devices_are_here: False if another process trains it on its own device.
 
     Raises:
       LoraxError: see `check_config`, `lorax.resolve`, `load_dataset` and `load_model`.
@@ -124,7 +124,7 @@ def targets_of(config: TrialConfig) -> list[Target]:
 
 
 def _storage(train: TrainConfig) -> tuple[str, str, str, bool]:
-    """What decides in which form a base is kept."""
+    """The settings that decide the form in which a base is stored."""
     return train.mode, train.precision, train.base_dtype, train.remat
 
 
@@ -135,7 +135,7 @@ def _check_model(
     storage: tuple[str, str, str, bool],
     mesh: tuple[Any, ...],
 ) -> None:
-    """Load a model once for all trials of a sweep that ask for it alike."""
+    """Load a model once for all trials of a sweep with the same settings of it."""
     mode, precision, base_dtype, remat = storage
     train = TrainConfig(mode=mode, precision=precision, base_dtype=base_dtype, remat=remat)
     sweep = SweepConfig(mesh=MeshConfig(*mesh))
@@ -166,13 +166,13 @@ def _check_length(config: TrialConfig) -> None:
 
 @lru_cache(maxsize=8)
 def _shapes(model: tuple[tuple[str, Any], ...], outputs: int) -> tuple[Any, int]:
-    """(shapes of the parameters, most positions) of a model, without its weights."""
+    """(shapes of the parameters, maximum positions) of a model, without loading its weights."""
     abstract = abstract_model(ModelConfig(**dict(model)), outputs)
     return nnx.to_pure_dict(nnx.state(abstract)), abstract.config.max_length
 
 
 def frozen_shapes(config: TrialConfig) -> Any:
-    """Shapes of the base's frozen weights, as they are when not quantized; None elsewhere."""
+    """Shapes of the base's frozen weights before quantization; None for other leaves."""
     base, _ = _shapes(cache_key(config.model), _outputs(config))
     mask = _mask_without_lora({"base": base}, config)["base"]
     return jax.tree.map(lambda is_trained, leaf: None if is_trained else leaf, mask, base)
@@ -195,7 +195,7 @@ def _load_model(config: TrialConfig, key: jax.Array) -> Any:
 
 
 def _shardings(config: TrialConfig) -> Any:
-    """Where the pieces of a frozen base lie; None: it is trained, or on one device."""
+    """The shardings of a frozen base; None if it is trained, or on one device."""
     mesh = config.sweep.mesh
     if mesh.fsdp == 1 or config.train.mode == "full":
         return None
@@ -203,7 +203,7 @@ def _shardings(config: TrialConfig) -> Any:
 
 
 def hyper_of(config: TrialConfig, factor: float = 1.0) -> Hyper:
-    """The optimizer's data when the schedule stands at `factor` of its peak."""
+    """The optimizer's hyperparameters when the schedule is at `factor` of its peak."""
     o = config.optimizer
     head_lr = o.lr if o.head_lr is None else o.head_lr
     clip = np.inf if o.clip_norm is None else o.clip_norm
@@ -214,8 +214,8 @@ def hyper_of(config: TrialConfig, factor: float = 1.0) -> Hyper:
 def prepare(config: TrialConfig) -> Setup:
     """The arrays of a trial, a pure function of its config and of the base's files.
 
-    The adapter's draw depends on the seed and each target's path alone, the head's on the
-    seed: trials that differ in rank, alpha or targets start from the same numbers.
+    The adapter's draw depends on the seed and each target's path only, the head's on the seed
+    only: trials that differ in rank, alpha or targets start from the same numbers.
 
     Raises:
       LoraxError: see `load_model` and `checked_content`.
@@ -256,7 +256,7 @@ def prepare(config: TrialConfig) -> Setup:
 
 
 def _frozen_layers(mode: str, config: Any, lora: Mapping[str, Any]) -> int:
-    """How many of the first layers compute the same in every step; all of them in mode `head`."""
+    """Number of first layers with the same outputs in every step; all of them in mode `head`."""
     rates = {name: rate for name, rate in dropout_rates(config).items() if "classifier" not in name}
     if mode == "full" or any(rates.values()):
         return 0
@@ -266,7 +266,7 @@ def _frozen_layers(mode: str, config: Any, lora: Mapping[str, Any]) -> int:
 def lowest_trained_layer(paths: Sequence[str], layers: int) -> int:
     """The first layer with a trained part, given the paths of adapted kernels; `layers` for none.
 
-    What is before the layers counts as layer 0, an output layer as one above the last.
+    Modules before the layers count as layer 0, an output layer as one above the last.
 
     >>> lowest_trained_layer(["encoder.layers.7.attention.query.kernel"], layers=12)
     7

@@ -20,7 +20,7 @@ class SingleEngine:
     """One trial through `train_step`; see `lorax.train.engine.Engine`.
 
     Attributes:
-      state: donated to every step, so it is replaced, never shared.
+      state: donated to every step; each step replaces it, so it must not be shared.
     """
 
     mesh: Mesh | None = None

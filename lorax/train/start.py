@@ -1,4 +1,4 @@
-"""Where a run starts: at a trial's first step, or at its newest checkpoint."""
+"""The start of a run: a trial's first step, or its newest checkpoint."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from lorax.train.step import State, init_state
 
 
 class Start(NamedTuple):
-    """Where a run starts; `state` and `best` are arrays in the trial's own shapes."""
+    """The start of a run; `state` and `best` are arrays in the trial's own shapes."""
 
     setup: Setup
     state: State
@@ -42,17 +42,17 @@ def find_start(trial: Trial, packs: Packs | None = None) -> Start:
 
     Args:
       trial: checked, and locked by this process.
-      packs: as of `restore`.
+      packs: as in `restore`.
 
     Raises:
-      LoraxError: the checkpoint is of another content of the trial's data or base.
+      LoraxError: the checkpoint is of other content of the trial's data or base.
     """
     start = first_start(trial.config)
     found = restore(trial, start.like, packs)
     if found is None:
         return start
     resumed = resume_from(trial, start, found)
-    resumed.progress.cut = None  # a trial that was pruned, and is opened again, resumes
+    resumed.progress.cut = None  # a pruned trial that is opened again resumes
     return resumed
 
 

@@ -1,8 +1,8 @@
 """The compiled programs: one optimizer step, one forward pass.
 
-Both are module-level jitted functions of plain pytrees. What shapes the program is static (a
-`Program`, hashable); learning rates, scales, seeds and decay are data. Trials of one process
-that differ in data alone reuse the same executable.
+Both are module-level jitted functions of plain pytrees. What determines the program is static (a
+`Program`, hashable); learning rates, scales, seeds and decay are data. Trials of one process that
+differ in data only reuse the same executable.
 """
 
 from dataclasses import dataclass
@@ -35,11 +35,12 @@ class Program:
       kind: `classification`, `regression` or `causal_lm`.
       lora_dropout: rate on the input of A.
       model_dropout: whether the model's own dropout is on in training.
-      grad_accum: micro-batches a step.
+      grad_accum: micro-batches per step.
       label_smoothing: of the training targets.
-      saves_memory: layers or their weights are computed again in the backward pass.
-      frozen_layers: so many first layers compute the same in every step; see `lorax.train.prefix`.
-      reads_features: all layers do, and a head reads one vector an example.
+      saves_memory: the backward pass recomputes layers or their weights.
+      frozen_layers: number of first layers with the same outputs in every step; see
+        `lorax.train.prefix`.
+      reads_features: all layers are frozen so, and a head reads one vector per example.
     """
 
     graphdef: Any
@@ -86,11 +87,11 @@ def forward(
 ) -> jax.Array:
     """Outputs of each example (N, outputs) in fp32; deterministic without a key.
 
-    They are a classifier's logits, or what `score_examples` says of a language model, by
-    smoothed targets if asked.
+    They are a classifier's logits, or a language model's `score_examples`, with smoothed targets
+    on request.
 
-    The batch is packed, as `lorax.data.collate` makes it, or has an example a row, as
-    `lorax.data.pad` does.
+    The batch is packed, as by `lorax.data.collate`, or has one example per row, as by
+    `lorax.data.pad`.
     """
     params = combine(trainable, gather(frozen.params))
     model: Any = nnx.merge(program.graphdef, params["base"])
@@ -113,11 +114,11 @@ def forward(
 
 
 def example_losses(kind: str, outputs: Any, labels: Any, smoothing: float = 0.0) -> tuple[Any, Any]:
-    """Each example's loss and what it counts for in the mean: (N,) and (N,).
+    """Each example's loss and its weight in the mean: (N,) and (N,).
 
-    Cross-entropy of classes, their targets smoothed if asked, or squared error of scores, an
-    example counting 1; of a language model the cross-entropy of all its target tokens, as
-    `score_examples` has it, and their number.
+    The loss is the cross-entropy of classes, with smoothed targets on request, or the squared
+    error of scores; the weight is 1. For a language model the loss is the summed cross-entropy of
+    the target tokens, from `score_examples`, and the weight is their number.
     """
     if kind == "causal_lm":
         return outputs[:, 0], outputs[:, 1]
@@ -129,7 +130,7 @@ def example_losses(kind: str, outputs: Any, labels: Any, smoothing: float = 0.0)
 def _loss_and_grad(
     program: Program, trainable: Any, frozen: Frozen, batch: Batch, key: jax.Array | None
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-    """Summed loss over one micro-batch, what it counts for, and its gradient."""
+    """(summed loss over one micro-batch, its weight, its gradient)."""
 
     def loss(part: Any) -> tuple[jax.Array, jax.Array]:
         smoothing = program.label_smoothing
@@ -164,7 +165,7 @@ def optimizer_step(
 ) -> tuple[State, jax.Array]:
     """One optimizer step: (new state, mean loss over the batch's real examples or target tokens).
 
-    Gradients exist for `state.trainable` alone.
+    Gradients exist for `state.trainable` only.
     """
     stochastic = program.lora_dropout > 0 or program.model_dropout
     key = jax.random.wrap_key_data(state.key)
@@ -192,10 +193,10 @@ def predict(program: Program, trainable: Any, frozen: Frozen, batch: AnyBatch) -
 
 @partial(jax.jit, static_argnames="program")
 def prefix_outputs(program: Program, trainable: Any, frozen: Frozen, batch: AnyBatch) -> jax.Array:
-    """What the program's frozen layers compute, without dropout.
+    """The outputs of the program's frozen layers, without dropout.
 
     Returns:
-      (rows, T, width), the outputs of the last of them; or the features that a head reads,
+      (rows, T, width), the outputs of the last frozen layer; or the features that a head reads,
       (N, width) float32, if `program.reads_features`.
     """
     rows = in_rows(batch)

@@ -1,4 +1,4 @@
-"""A finished trial's model, to go on with outside of training."""
+"""A finished trial's model, for use outside of training."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from lorax.train.setup import Setup
 
 
 def check_leaves_adapter(trial: TrialConfig) -> None:
-    """Refuses a trial whose model `trained_part` could not give.
+    """Refuse a trial whose model `trained_part` cannot return.
 
     Raises:
       LoraxError: another mode than `lora`.
@@ -23,7 +23,7 @@ def check_leaves_adapter(trial: TrialConfig) -> None:
 
 
 def trained_part(trial: TrialConfig, setup: Setup) -> Any:
-    """What the best evaluation saw of a trial's adapter, in the place of what it started from.
+    """The trainable part of a setup with the adapter of the trial's best evaluation.
 
     Args:
       trial: a finished trial of a language model, in mode `lora`.
@@ -38,6 +38,6 @@ def trained_part(trial: TrialConfig, setup: Setup) -> Any:
 
 
 def model_of(setup: Setup, trainable: Any) -> Any:
-    """The base with an adapter beside it, without dropout."""
+    """The base with an adapter, without dropout."""
     base = combine(trainable["base"], setup.frozen.params["base"])
     return adapt(nnx.merge(setup.program.graphdef, base), trainable["lora"], setup.frozen.scales)

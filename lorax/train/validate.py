@@ -1,4 +1,4 @@
-"""Everything about a trial that can be refused without data, weights or a compiler."""
+"""Checks of a trial's config that need no data, weights or compiler."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def check_config(config: TrialConfig) -> None:
     """Refuse values out of range.
 
     Raises:
-      LoraxError: naming the key, its value and what would be right.
+      LoraxError: names the key, its value and the valid values.
     """
     get_task(config.task.name)
     if not 0 <= config.seed < 2**32:
@@ -70,7 +70,7 @@ def check_config(config: TrialConfig) -> None:
 
 
 def _refuse_head_settings(config: TrialConfig) -> None:
-    """A language model has none: these would make another trial of it, and change nothing."""
+    """Refuse a head's settings for a language model: they would change its id and nothing else."""
     name = config.task.name
     if config.train.mode == "head":
         raise LoraxError(f"train.mode=head: task {name} has no head to train; take lora or full")
