@@ -1,7 +1,7 @@
 """Tasks, tokens and batches: from files to NumPy arrays.
 
-Imports run one way. `examples`, `documents` (splits as text) and `files` are the ground; `tokens`
-stands on them. `tasks`, whose readers look up special tokens, and `batches` stand on `tokens`.
+Imports run one way. `examples`, `documents` (splits as text) and `files` import none of the rest;
+`tokens` imports them. `tasks`, whose readers look up special tokens, and `batches` import `tokens`.
 """
 
 from lorax.data.batches.batching import eval_plan, pad, train_batches

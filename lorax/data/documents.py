@@ -1,4 +1,4 @@
-"""Texts for a decoder, and the part of each that it learns to write."""
+"""Texts for a decoder, and the targets in each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """A split as text to go on with.
+    """A split of texts for a decoder.
 
     Attributes:
-      texts: each whole, what is to be predicted included.
-      targets: of each text the spans [start, end), in characters, that are to be predicted.
+      texts: complete texts, targets included.
+      targets: the target spans [start, end) of each text, in characters.
       form: `prompt` gets the special tokens of the tokenizer; `chat` has them all from its
-        template; `text` is long and is cut into blocks, of which all is predicted.
+        template; `text` is long and is split into blocks, of which every token is a target.
     """
 
     texts: list[str]

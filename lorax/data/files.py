@@ -5,10 +5,10 @@ from lorax.runtime.digest import file_digest, files_digest, lines_digest
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, its line ends as they are, without a byte order mark.
+    """The text of a UTF-8 file with its line ends unchanged, without a byte order mark.
 
     Raises:
-      LoraxError: it cannot be read, or is not UTF-8; then with the line.
+      LoraxError: it cannot be read, or is not UTF-8 (names the line).
     """
     try:
         data = path.read_bytes()
@@ -22,7 +22,7 @@ def read_text(path: Path) -> str:
 
 
 def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, or of a folder's files and their names, hidden ones left out.
+    """The SHA-256 of a file, or of a folder's files and their names without hidden ones.
 
     Raises:
       LoraxError: it cannot be read.

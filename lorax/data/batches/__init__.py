@@ -1,1 +1,1 @@
-"""Batches: which examples come together, packed into rows or padded, and in which order."""
+"""Batches: their examples, the order of these, and their packing into rows or padding."""

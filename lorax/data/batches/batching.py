@@ -1,4 +1,4 @@
-"""Which examples come together: pure functions of sizes, seed and epoch."""
+"""The examples of each batch: pure functions of sizes, seed and epoch."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from lorax.errors import LoraxError
 
 
 def train_batches(count: int, batch_size: int, *, seed: int, epoch: int) -> list[np.ndarray]:
-    """Cuts one epoch into batches in random order; each example is in exactly one.
+    """Split one epoch into batches in random order; each example is in exactly one.
 
     Args:
       count: examples in the split.
-      batch_size: examples a batch; the last one may be partial.
-      seed: of the trial; with `epoch` it fixes the result on every machine.
+      batch_size: examples per batch; the last batch may be partial.
+      seed: of the trial; with `epoch` it determines the result on every machine.
       epoch: counts from zero.
 
     Returns:
@@ -38,7 +38,7 @@ class EvalPlan(NamedTuple):
 
     Attributes:
       layout: its `rows` has one entry.
-      batches: (indices of the split, of each row which of these), of each batch.
+      batches: for each batch (indices of the split, for each row the places in these).
     """
 
     layout: Layout
@@ -47,12 +47,12 @@ class EvalPlan(NamedTuple):
 
 @lru_cache(maxsize=16)
 def eval_plan(encoded: Encoded, batch_size: int, row_length: int, multiple: int = 1) -> EvalPlan:
-    """Packs a whole split, examples of all lengths in each batch.
+    """Pack a whole split, with examples of all lengths in each batch.
 
     Args:
       encoded: the split.
-      batch_size: examples a batch, on average.
-      row_length: tokens a row.
+      batch_size: mean number of examples per batch.
+      row_length: tokens per row.
       multiple: rows and examples of a batch are multiples of this.
 
     Raises:
@@ -79,13 +79,13 @@ def _renumbered(rows: Rows) -> tuple[np.ndarray, Rows]:
 def pad(
     encoded: Encoded, indices: np.ndarray, pad_id: int = 0, length: int | None = None
 ) -> dict[str, np.ndarray]:
-    """A batch with an example a row, as other libraries take it.
+    """A batch with one example per row, as in other libraries.
 
     Args:
       encoded: the split.
       indices: its examples, B in number.
       pad_id: token id of the padding.
-      length: tokens a row T; None: as the longest has.
+      length: tokens per row T; None for the length of the longest example.
 
     Returns:
       `input_ids`, `token_type_ids` and `attention_mask` (B, T) int32; `labels` and `weights`,

@@ -1,7 +1,7 @@
 """Several examples in a row: batches of few shapes, with little padding.
 
-Tokens attend within their own example and count positions from its start, so that a packed batch
-computes what its examples compute alone.
+Tokens attend within their own example and count positions from its start, so a packed batch gives
+the same outputs as its examples alone.
 """
 
 from bisect import bisect_left, insort
@@ -22,13 +22,13 @@ Rows = list[list[int]]
 
 @dataclass(frozen=True)
 class Layout:
-    """The shapes that batches of one size are packed into.
+    """The shapes into which batches of one size are packed.
 
     Attributes:
-      row_length: tokens a row, T; no example is longer.
-      rows: numbers of rows R, ascending; the last one takes any batch.
-      examples: most examples a batch, N.
-      shares: of random batches, by the rows they take; the last of `rows` is seldom among them.
+      row_length: tokens per row, T; no example is longer.
+      rows: numbers of rows R, ascending; the last one fits any batch.
+      examples: maximum number of examples per batch, N.
+      shares: of random batches, by their number of rows; seldom includes the last of `rows`.
     """
 
     row_length: int
@@ -37,15 +37,15 @@ class Layout:
     shares: dict[int, float] = field(default_factory=dict, compare=False)
 
     def rows_for(self, needed: int) -> int:
-        """The smallest number of rows that holds `needed`."""
+        """The smallest number of rows that is at least `needed`."""
         return self.rows[bisect_left(self.rows, needed)]
 
 
 def fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> Rows:
-    """Examples in rows: the longest first, each where it fits best.
+    """Pack examples into rows by best fit, the longest first.
 
     Returns:
-      Of each row, its examples' numbers; near the fewest rows there can be.
+      The examples' numbers in each row; the number of rows is near the minimum.
 
     Raises:
       LoraxError: an example longer than a row.
@@ -70,15 +70,15 @@ def fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> Rows:
 
 
 def place(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places the examples of many batches at once, each batch as `fit` does.
+    """Place the examples of many batches at once, each batch as `fit` does.
 
     Args:
-      lengths: (B, N) tokens an example; 0 for one that a batch lacks.
-      row_length: tokens a row, T.
+      lengths: (B, N) tokens of each example; 0 for an example that a partial batch lacks.
+      row_length: tokens per row, T.
 
     Returns:
-      (B, N) int32, the place of each example's first token in its batch's rows laid end to end;
-      and (B,), the rows that each batch takes.
+      (B, N) int32, the place of each example's first token in its batch's concatenated rows;
+      and (B,), the number of rows of each batch.
 
     Raises:
       LoraxError: an example longer than a row.
@@ -91,7 +91,7 @@ def place(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, np.ndarray]
     batches, count = lengths.shape
     order = np.argsort(-lengths, axis=1, kind="stable")
     ordered = np.take_along_axis(lengths, order, axis=1).astype(np.int32)
-    room = np.full((batches, count), row_length, np.int32)  # of each row; unused ones have all
+    room = np.full((batches, count), row_length, np.int32)  # of each row; an unused row is empty
     starts = np.empty((batches, count), np.int32)
     every = np.arange(batches)
     for n in range(count):
@@ -123,9 +123,9 @@ def choose_layout(
     get few shapes.
 
     Args:
-      lengths: tokens an example, of the split that batches are drawn from.
-      batch_size: examples a batch, N.
-      max_shapes: most numbers of rows.
+      lengths: tokens of each example in the split that batches are drawn from.
+      batch_size: examples per batch, N.
+      max_shapes: maximum number of shapes.
       longest: tokens of the longest example of any split; None: of `lengths`.
       multiple: every number of rows is a multiple of this.
       steps: how many batches; None: so many that compilations do not count.
@@ -138,7 +138,7 @@ def choose_layout(
     shortest_row = round_up(longest or int(lengths.max()), 8)
     # The raw stream is the same in every release of NumPy.
     size = min(batch_size, len(lengths))
-    count = min(DRAWS, 20 + 40 * DRAWS // size)  # large batches are all alike
+    count = min(DRAWS, 20 + 40 * DRAWS // size)  # large batches vary little
     draws = lengths[np.random.PCG64(0).random_raw((count, size)) % len(lengths)]
 
     def layouts_of(row_length: int) -> list[Layout]:
@@ -162,25 +162,25 @@ def choose_layout(
 
 
 def _candidates(shortest: int) -> list[int]:
-    """Row lengths to choose from: in a somewhat longer row examples may fit much better."""
+    """Candidate row lengths: examples may fit much better in somewhat longer rows."""
     return [shortest + 8 * n for n in range(1 + min(shortest // 32, 6))]
 
 
 def _cost(layout: Layout) -> float:
-    """Expected work: products with weights grow with the tokens, attention with the row as well."""
+    """Expected work: products with weights scale with tokens, attention also with row length."""
     tokens = layout.row_length * sum(rows * share for rows, share in layout.shares.items())
     return tokens * (1 + layout.row_length / ATTENTION)
 
 
 def cheapest_edges(values: Sequence[int], most: int) -> tuple[int, ...]:
-    """At most `most` ascending edges, so that rounding values up to the next edge adds least.
+    """At most `most` ascending edges that minimize the sum of values rounded up to an edge.
 
     >>> cheapest_edges([5, 6, 7, 30, 31, 100], most=3)
     (7, 31, 100)
     """
     edges, counts = np.unique(values, return_counts=True)
     below = np.concatenate([[0], np.cumsum(counts)])
-    # cost[j]: least sum of the j smallest edges' values, rounded up; path[j]: how.
+    # cost[j]: least sum of the j smallest edges' values, rounded up; path[j]: its edges.
     cost = np.concatenate([[0.0], np.full(len(edges), np.inf)])
     path: list[tuple[int, ...]] = [()] * (len(edges) + 1)
     for _ in range(min(most, len(edges))):
@@ -200,13 +200,13 @@ def collate_alike(
     parts: int = 1,
     pad_id: int = 0,
 ) -> list[dict[str, np.ndarray]]:
-    """Packs several batches into the smallest shape that holds each of them; see `collate`.
+    """Pack several batches into the smallest shape that fits all of them; see `collate`.
 
     Args:
       encoded: the split.
       batches: indices, at most `parts * layout.examples` each.
       layout: the shapes.
-      parts: micro-batches that each batch is cut into, packed one by one.
+      parts: number of micro-batches of each batch, which are packed one by one.
       pad_id: token id of the padding.
     """
     lengths = encoded.lengths
@@ -225,7 +225,7 @@ def collate_alike(
 
 
 def _parts(indices: np.ndarray, count: int, size: int) -> list[np.ndarray]:
-    """Cuts a batch into micro-batches; of one that is partial, the last may be empty."""
+    """Split a batch into micro-batches; the last ones of a partial batch may be empty."""
     if len(indices) > count * size:
         raise LoraxError(f"{len(indices)} examples do not fit into a batch of {count * size}")
     return [np.asarray(indices)[n * size : (n + 1) * size] for n in range(count)]
@@ -251,15 +251,15 @@ def collate(
     Args:
       encoded: the split.
       indices: its examples, at most N.
-      placed: of each row, which of `indices` it holds, in order; of `fit`.
-      layout: row length T and most examples N.
+      placed: for each row, the places in `indices` of its examples, in order; from `fit`.
+      layout: row length T and maximum number of examples N.
       rows: rows R, the last ones empty.
       pad_id: token id of the padding.
 
     Returns:
       `input_ids`, `token_type_ids`, `position_ids` and `segment_ids` (R, T) int32: a segment is
       an example of the batch, from 1, and 0 is padding. `first_tokens` (N,) int32, the place of
-      each example's first token in the rows laid end to end; `labels` (N,); `weights` (N,)
+      each example's first token in the concatenated rows; `labels` (N,); `weights` (N,)
       float32, 0 for the examples that a partial batch lacks.
     """
     length, count = layout.row_length, layout.examples
@@ -297,10 +297,10 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def at_least_one(**values: int) -> None:
-    """Refuses a count below 1.
+    """Refuse a count below 1.
 
     Raises:
-      LoraxError: naming it.
+      LoraxError: names the count.
     """
     for name, value in values.items():
         if value < 1:

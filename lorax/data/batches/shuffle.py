@@ -10,12 +10,12 @@ from lorax.errors import LoraxError
 def permutation(n: int, *key: int) -> np.ndarray:
     """A permutation of `range(n)` that depends on `n` and the non-negative `key` only.
 
-    NumPy keeps the raw stream of a bit generator for ever, but not `Generator.permutation`.
+    NumPy guarantees the raw stream of a bit generator, but not `Generator.permutation`.
 
     >>> permutation(6, 0, 1).tolist() == permutation(6, 0, 1).tolist()
     True
     """
-    seed = len(key), *key  # NumPy pads with zeros: alone, (1,) and (1, 0) would be one seed
+    seed = len(key), *key  # NumPy pads with zeros: (1,) and (1, 0) would be the same seed
     return np.argsort(np.random.PCG64(seed).random_raw(n), kind="stable")
 
 
@@ -28,13 +28,13 @@ T = TypeVar("T", bound=_Subsettable)
 
 
 def subsample(data: T, n: int | None) -> T:
-    """Draws `n` examples by a fixed permutation that no training seed changes.
+    """Draw `n` examples by a fixed permutation that is independent of the training seed.
 
     The draw of a smaller `n` is a prefix of the draw of a larger one.
 
     Args:
       data: `Examples` or `Encoded`.
-      n: how many; None, or as many as there are, returns `data` itself.
+      n: number of examples; None, or a number not below the split's, returns `data` itself.
 
     Raises:
       LoraxError: `n` is not positive.

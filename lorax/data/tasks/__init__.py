@@ -1,4 +1,4 @@
-"""Tasks: a row each in the registry, and a file for each kind of reader."""
+"""Tasks: one row per task in the registry, and one file per kind of reader."""
 
 from lorax.data.tasks.registry import TASKS, get_task
 

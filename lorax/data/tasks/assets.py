@@ -7,9 +7,9 @@ _PROJECT = Path(__file__).resolve().parents[3]
 
 
 def find_asset(name: str) -> Path:
-    """Finds the folder of a fetched asset (`minilm` or `reviews`).
+    """The folder of a fetched asset (`minilm` or `reviews`).
 
-    Looks in `$LORAX_ASSETS`, in `assets` of the working directory and of the project.
+    Looks in `$LORAX_ASSETS`, then in `assets` of the working directory and of the project.
 
     Raises:
       LoraxError: it is in none of them.

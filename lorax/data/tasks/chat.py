@@ -1,4 +1,4 @@
-"""Chats as text, by the tokenizer's own template, and what the assistant says in them.
+"""Chats as text, by the tokenizer's own template, and the spans of the assistant's turns.
 
 Templates are Jinja, rendered as `transformers` does: the same sandbox, filters and variables
 (https://huggingface.co/docs/transformers/chat_templating_writing).
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# Around what the template marks; Unicode keeps these two from being characters of any text.
+# Enclose the spans that the template marks; Unicode reserves these two as noncharacters.
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 Message = dict[str, Any]
 
@@ -34,8 +34,8 @@ class ChatTemplate:
     Attributes:
       source: Jinja.
       special: texts of special tokens, which the template reads by name.
-      controls: texts that no message may hold, since the tokenizer would read them as special
-        tokens and the message would pass for another's.
+      controls: texts that no message may contain: the tokenizer would read them as special tokens
+        and could take the message for another role's.
 
     >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     ...                         "{% if add_generation_prompt %}assistant: {% endif %}", {}, ())
@@ -55,10 +55,10 @@ class ChatTemplate:
 
         Args:
           messages: each with `role` and `content`.
-          add_generation_prompt: end with what comes before the assistant's next words.
+          add_generation_prompt: end with the opening of the assistant's next turn.
 
         Raises:
-          LoraxError: the template refuses or does not fit them, or a message holds one of
+          LoraxError: the template refuses them or fails on them, or a message contains one of
             `controls`.
         """
         self._check(messages)
@@ -67,13 +67,13 @@ class ChatTemplate:
     def with_spans(self, messages: Sequence[Message]) -> tuple[str, tuple[Span, ...]]:
         """A chat as text, with the spans [start, end) in characters of the assistant's turns.
 
-        They are what the template marks by `{% generation %}`. In one without it, a turn is what
-        the chat has more, rendered to the end of that turn, than rendered up to it with the
-        generation prompt.
+        The template marks them by `{% generation %}`. In a template without it, a turn is the
+        difference between the chat rendered to the end of the turn, and rendered up to the turn
+        with the generation prompt.
 
         Raises:
-          LoraxError: see `render`; or a chat's beginning is rendered unlike the beginning of the
-            chat, so that no turn can be told from the rest.
+          LoraxError: see `render`; or the first messages alone are not rendered as in the whole
+            chat, so that turns cannot be located.
         """
         self._check(messages)
         if self._has_marks:
@@ -83,19 +83,19 @@ class ChatTemplate:
         return whole, tuple(self._turn(messages, n, whole) for n in turns)
 
     def fault_of_ends(self, chats: Iterable[tuple[str, tuple[Span, ...]]]) -> str | None:
-        """Why these chats do not teach a model to end its turn, in a line; None: they do.
+        """Why these chats do not teach a model to end its turn, in one line; None if they do.
 
-        A turn teaches it by a special token at its end, or by being the chat's end, where the
+        A turn teaches it if it ends with a special token, or if it ends the chat, where the
         end-of-text token is added.
 
         Args:
-          chats: as `with_spans` returns them.
+          chats: from `with_spans`.
         """
         tokens = tuple(filter(None, (*self.controls, *self.special.values())))
         turns = [(text, end) for text, spans in chats for _, end in spans]
         if any(end == len(text) or text[:end].rstrip().endswith(tokens) for text, end in turns):
             return None
-        # Behind a chat's last turn, what is left of the chat ends the turn.
+        # The rest of the chat after its last turn ends that turn.
         closing = re.compile(rf"\s*({'|'.join(map(re.escape, tokens)) or '(?!)'})")
         last = [closing.match(text, end) for text, end in turns if _is_bare(text[end:], tokens)]
         if self._has_marks and (found := next(filter(None, last), None)):
@@ -135,7 +135,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.special,
             )
-        except Exception as error:  # a template may raise what it likes
+        except Exception as error:  # a template may raise any error
             raise LoraxError(f"the chat template refuses it ({_line(error)})") from error
 
     def _check(self, messages: Sequence[Message]) -> None:
@@ -158,12 +158,12 @@ class ChatTemplate:
     def _compiled(self) -> "jinja2.Template":
         try:
             return _environment().from_string(self.source)
-        except Exception as error:  # of Jinja, or of what it compiles to
+        except Exception as error:  # from Jinja or the compiled template
             raise LoraxError(f"the chat template is no Jinja ({_line(error)})") from error
 
 
 def _environment() -> "ImmutableSandboxedEnvironment":
-    """A sandbox that compiles chat templates as `transformers` does; only chats import Jinja."""
+    """A sandbox that compiles templates as `transformers` does; only chats import Jinja."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -199,7 +199,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is; Jinja's own filter escapes what HTML does not allow."""
+    """A value as JSON; unlike Jinja's own filter it does not escape for HTML."""
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -210,13 +210,13 @@ def _strftime_now(pattern: str) -> str:
 
 
 def load_chat_template(folder: Path) -> ChatTemplate:
-    """The template that comes with a tokenizer.
+    """The chat template in a tokenizer's folder.
 
-    It is `chat_template.jinja`, else `chat_template` in `chat_template.json` or
-    `tokenizer_config.json`; of several by name the one called `default`.
+    It is `chat_template.jinja`, or else `chat_template` in `chat_template.json` or
+    `tokenizer_config.json`; among several named ones it is `default`.
 
     Args:
-      folder: of `tokenizer.json` and the files beside it.
+      folder: of `tokenizer.json` and related files.
 
     Raises:
       LoraxError: there is none, or a file is malformed.
@@ -252,7 +252,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_bare(text: str, tokens: Sequence[str]) -> bool:
-    """Whether there is nothing but blanks and special tokens in a text."""
+    """Whether a text has only blanks and special tokens."""
     for token in tokens:
         text = text.replace(token, "")
     return not text.strip()
@@ -263,7 +263,7 @@ def _line(error: Exception) -> str:
 
 
 def _unmark(marked: str) -> tuple[str, tuple[Span, ...]]:
-    """A text without our marks, and where what they enclosed is."""
+    """A text without the marks, and the spans that they enclosed."""
     parts = re.split(f"[{OPEN}{CLOSE}]", marked)
     ends = [0]
     for part in parts:

@@ -21,13 +21,13 @@ _SLOT = re.compile(r"\s*([^\[\],]+)\[([^\]]*)\]\s*")
 
 
 def load_e2e(split: str, folder: Path, base: Path | None = None) -> Documents:
-    """Reads one split: a document a reference, of which the reference is to be predicted.
+    """Read one split: one document per reference, with the reference as its target.
 
     Args:
       split: `train`, `dev` or `test`.
       folder: of `FILES`, as the challenge released them.
-      base: the folder of the tokenizer, whose beginning-of-text token comes after the prompt; a
-        line break where it has none.
+      base: the folder of the tokenizer, whose beginning-of-text token follows the prompt; without
+        that token, a line break does.
 
     Raises:
       LoraxError: a file is missing or malformed; the message gives the file and the line.
@@ -43,15 +43,15 @@ def load_e2e(split: str, folder: Path, base: Path | None = None) -> Documents:
 
 
 def separator_of(base: Path | None) -> str:
-    """What stands between a prompt and its reference, by the folder of the tokenizer."""
+    """The text between a prompt and its reference, given the folder of the tokenizer."""
     return (special_tokens(base) if base else {}).get("bos_token", "\n")
 
 
 def prompt_of(mr: str, where: str = "mr") -> str:
-    """A meaning representation in a line.
+    """A meaning representation as a prompt in one line.
 
     Raises:
-      LoraxError: it is no list of `slot[value]`; `where` names it.
+      LoraxError: it is not a list of `slot[value]`; `where` names it.
 
     >>> prompt_of("name[Blue Spice], eatType[coffee shop], area[city centre]")
     'name : Blue Spice | Type : coffee shop | area : city centre'

@@ -1,4 +1,4 @@
-"""GLUE's tab-separated files: where they are and what is in them."""
+"""GLUE's tab-separated files: their folders and their content."""
 
 import logging
 import math
@@ -21,12 +21,12 @@ _log = logging.getLogger(__name__)
 
 
 def load_glue(task: Task, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
-    """Reads one split of a task of GLUE, from its TSV file or, where there is none, from the hub.
+    """Read one split of a task of GLUE from its TSV file or, without one, from the hub.
 
     Args:
       task: a task of GLUE.
       split: one of `task.splits`.
-      data_dir: as of `find_folder`.
+      data_dir: as in `find_folder`.
 
     Raises:
       LoraxError: data not found, or a malformed row.
@@ -45,19 +45,19 @@ GLUE = ExampleReader(load_glue, _content)
 
 
 def find_folder(task: Task, data_dir: str | os.PathLike | None = None) -> Path | None:
-    """Finds the folder that holds a task's TSV files.
+    """The folder of a task's TSV files.
 
     Args:
-      task: any task but `reviews`.
-      data_dir: GLUE's root (with `MRPC/` and its like) or the task's own folder. None looks in
+      task: any task except `reviews`.
+      data_dir: GLUE's root (with `MRPC/` and so on) or the task's own folder. None looks in
         `$LORAX_GLUE_DIR`, then in `glue` and `../shared/glue` of the working directory and of
         the project.
 
     Returns:
-      The folder, or None where no place has one.
+      The folder, or None if it is in none of these places.
 
     Raises:
-      LoraxError: `data_dir` or `$LORAX_GLUE_DIR` was given and is of no use.
+      LoraxError: `data_dir` or `$LORAX_GLUE_DIR` is given but has no such folder.
     """
     if data_dir is not None:
         return _given(task, Path(data_dir))
@@ -80,9 +80,9 @@ def _given(task: Task, folder: Path) -> Path:
 
 
 def read_tsv(task: Task, path: Path) -> Examples:
-    r"""Reads one file of GLUE: UTF-8, tab-separated, no quoting.
+    r"""Read one file of GLUE: UTF-8, tab-separated, no quoting.
 
-    Texts are kept as they are, trailing blanks included, as on the hub.
+    Texts are unchanged, trailing blanks included, as on the hub.
 
     Raises:
       LoraxError: the file is missing, empty, not UTF-8, lacks a column, or has a malformed row;

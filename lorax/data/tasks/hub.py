@@ -18,7 +18,7 @@ REPOSITORY = "nyu-mll/glue"
 
 
 def load_hub_split(task: Task, split: str) -> Examples:
-    """Downloads (or takes from the hub's cache) one split of GLUE.
+    """Download one split of GLUE, or read it from the hub's cache.
 
     Raises:
       LoraxError: the extra `hub` is not installed, or the hub does not answer.
@@ -35,7 +35,7 @@ def load_hub_split(task: Task, split: str) -> Examples:
         dataset = datasets.load_dataset(
             REPOSITORY, task.name, split=split.replace("dev", "validation")
         )
-    except Exception as error:  # the hub client has no common base class for its faults
+    except Exception as error:  # the hub client's faults share no base class
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LoraxError(
             f"task {task.name} is not on this disk, and {REPOSITORY} on the hub failed "
@@ -46,7 +46,7 @@ def load_hub_split(task: Task, split: str) -> Examples:
 
 @lru_cache(maxsize=16)
 def hub_content(task: Task) -> str:
-    """The SHA-256 of the training and dev examples that the hub gives, once a process."""
+    """The SHA-256 of the hub's training and dev examples, computed once per process."""
     sums = hashlib.sha256()
     for split in ("train", *task.dev_splits):
         found = load_hub_split(task, split)
@@ -56,7 +56,7 @@ def hub_content(task: Task) -> str:
 
 
 def from_hub(task: Task, dataset: "datasets.Dataset") -> Examples:
-    """Converts a labelled split of `nyu-mll/glue`, class ids mapped by name to the task's order.
+    """Convert a labelled split of `nyu-mll/glue`; class ids are mapped by name to the task's.
 
     Raises:
       LoraxError: a column is missing or an example has no label (the hub's test splits).

@@ -21,12 +21,12 @@ _FORMS = "prompt and completion, instruction and output, or messages"
 
 
 def load_instructions(split: str, path: Path, base: Path | None = None) -> Documents:
-    """Reads one split of instructions; all lines are chats, or none is.
+    """Read one split of instructions; all lines are chats, or none is.
 
     Args:
       split: `train` or `dev`.
-      path: a `.jsonl` file, a tenth of whose lines is dev: those of the least SHA-256, wherever
-        they stand, equal lines together; or a folder with `train.jsonl` and `dev.jsonl`.
+      path: a `.jsonl` file, or a folder with `train.jsonl` and `dev.jsonl`. A tenth of a file's
+        lines is dev: those with the smallest SHA-256, in any place; equal lines stay together.
       base: the folder of the tokenizer, for the template of chats.
 
     Raises:
@@ -109,7 +109,7 @@ def _pair(row: dict[str, Any], where: str) -> tuple[str, tuple[Span, ...]]:
 
 
 def _alpaca(row: dict[str, Any], where: str) -> str:
-    r"""The sections of an instruction, to the heading of its response.
+    r"""The sections of an instruction up to the heading of its response.
 
     >>> _alpaca({"instruction": "Add.", "input": "1 2"}, "a.jsonl:1")
     '### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n'

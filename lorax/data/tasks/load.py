@@ -12,11 +12,11 @@ from lorax.errors import LoraxError
 
 
 def load_split(task: Task | str, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
-    """Reads one labelled split of a task.
+    """Read one labelled split of a task.
 
-    GLUE is taken from `data_dir` if given, else from the first of `$LORAX_GLUE_DIR`, `glue` and
-    `../shared/glue` (of the working directory, then of the project) that has the task, else
-    from the hub. `reviews` is taken from the fetched assets.
+    GLUE is read from `data_dir` if given, else from the first of `$LORAX_GLUE_DIR`, `glue` and
+    `../shared/glue` (in the working directory, then in the project) that has the task, else from
+    the hub. `reviews` is read from the fetched assets.
 
     Args:
       task: a task of examples, or its name.
@@ -38,7 +38,7 @@ def load_documents(
     data_dir: str | os.PathLike | None,
     base: str | os.PathLike | None = None,
 ) -> Documents:
-    """Reads one split of a task of kind `causal_lm`; docs/data.md has the formats.
+    """Read one split of a task of kind `causal_lm`; docs/data.md has the formats.
 
     Args:
       task: a task or its name.
@@ -70,17 +70,17 @@ def _checked(task: Task | str, split: str) -> Task:
 
 
 def content_of(task: str, data_dir: str | os.PathLike | None) -> str | None:
-    """The SHA-256 of what a task's splits are read from; None where it cannot be read.
+    """The SHA-256 of the sources of a task's splits; None if they cannot be read.
 
-    Of a task of labelled examples these are the files of its training and dev splits, wherever
-    `load_split` finds them; of GLUE from the hub the examples themselves.
+    For a task of labelled examples these are the files of its training and dev splits, where
+    `load_split` finds them; for GLUE from the hub they are the examples themselves.
 
     Args:
-      task: a name, known or not.
-      data_dir: as of `load_split` or `load_documents`.
+      task: a name, known or unknown.
+      data_dir: as in `load_split` or `load_documents`.
 
     Raises:
-      LoraxError: a decoder's file that is there and cannot be read.
+      LoraxError: an existing file for a decoder cannot be read.
     """
     if task not in TASKS:
         return None
@@ -91,4 +91,4 @@ def content_of(task: str, data_dir: str | os.PathLike | None) -> str | None:
     try:
         return reader.content(TASKS[task], data_dir)
     except LoraxError:
-        return None  # loading it says why
+        return None  # loading it reports the fault

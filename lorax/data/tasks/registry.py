@@ -1,4 +1,4 @@
-"""Every task: one frozen row each, which names the reader of its splits."""
+"""All tasks: one frozen row each, with the reader of its splits."""
 
 from difflib import get_close_matches
 
@@ -131,7 +131,7 @@ TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def get_task(name: str) -> Task:
-    """Looks a task up.
+    """Look a task up by name.
 
     Raises:
       LoraxError: no task has this name.

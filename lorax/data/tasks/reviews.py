@@ -22,9 +22,9 @@ _MIN_RATING = 0.5
 
 
 def load_reviews(task: Task, split: str, data_dir: str | os.PathLike | None = None) -> Examples:
-    """Reads one split of the reviews: 0 is negative, 1 is positive.
+    """Read one split of the reviews: 0 is negative, 1 is positive.
 
-    Snippets rated between -0.5 and 0.5 are dropped, and the second of two equal texts.
+    Snippets rated between -0.5 and 0.5 and repeated texts are dropped.
 
     Args:
       task: `reviews`.
@@ -58,7 +58,7 @@ def _file(data_dir: str | os.PathLike | None) -> Path:
 
 
 def split_of(text: str) -> str:
-    """The split of a snippet: a tenth each for dev and test, by the text's own hash.
+    """The split of a snippet by the hash of its text: a tenth each for dev and test.
 
     >>> split_of("Effective but too tepid biopic")
     'test'

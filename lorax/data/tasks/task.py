@@ -1,4 +1,4 @@
-"""What is known of a task before a file is read, and how its splits are read."""
+"""The description of a task, and the readers of its splits."""
 
 import os
 from collections.abc import Callable
@@ -16,8 +16,8 @@ class ExampleReader:
 
     Attributes:
       read: (task, split, `data_dir` or None) -> the examples of that split.
-      content: (task, `data_dir` or None) -> the SHA-256 of what training and dev examples are read
-        from.
+      content: (task, `data_dir` or None) -> the SHA-256 of the sources of training and dev
+        examples.
     """
 
     read: Callable[["Task", str, str | os.PathLike | None], Examples]
@@ -38,7 +38,7 @@ class DocumentReader:
 
 @dataclass(frozen=True)
 class Task:
-    """A text task: one or two texts in, a class or a score out; or documents to go on with.
+    """A text task: one or two texts in, a class or a score out; or documents for a decoder.
 
     Attributes:
       name: key of `TASKS`, and the configuration's name on the hub.
@@ -51,7 +51,7 @@ class Task:
       labels: class names in official order; empty for other kinds.
       metrics: the first one chooses the best epoch.
       dev_splits: splits scored while training; the first one chooses the best epoch.
-      test_splits: labelled splits that choose nothing.
+      test_splits: labelled splits that are not used to choose anything.
       label_format: how the TSV file writes a class: its `name`, or its `id` in `labels`.
       header: the columns of a file that has no header line.
       hub_columns: text columns on the hub where they differ from `text_columns`.

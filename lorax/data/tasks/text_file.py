@@ -9,13 +9,13 @@ _PARAGRAPH, _LINE = re.compile(r"\n[ \t\r]*\n\s*"), re.compile(r"\n\s*")
 
 
 def load_text(split: str, path: Path, base: Path | None = None) -> Documents:
-    """Reads plain text, all of which is to be predicted.
+    """Read plain text; all of it is a target.
 
     Args:
       split: `train` or `dev`.
-      path: a UTF-8 file, whose last tenth is dev (`cut_text` says where it is cut); or a folder
-        with `train.txt` and `dev.txt`.
-      base: the folder of the tokenizer, of which plain text needs nothing.
+      path: a UTF-8 file, whose last tenth is dev (`cut_text` splits it); or a folder with
+        `train.txt` and `dev.txt`.
+      base: the folder of the tokenizer, which plain text does not need.
 
     Returns:
       One document, the split's text as it is.
@@ -34,13 +34,13 @@ def load_text(split: str, path: Path, base: Path | None = None) -> Documents:
 
 
 def cut_text(text: str, where: str) -> tuple[str, str]:
-    r"""Cuts off about the last tenth.
+    r"""Split a text into about nine tenths and the last tenth.
 
-    The cut is at the end of a paragraph if one ends between 85% and 95% of the text, else at that
-    of the line which ends nearest to 90%.
+    The split is at the end of a paragraph if one ends between 85% and 95% of the text, or else at
+    the line end nearest to 90%.
 
     Raises:
-      LoraxError: there is no line's end to cut at; `where` names the text.
+      LoraxError: there is no line end to split at; `where` names the text.
 
     >>> cut_text("First.\n\nNext line,\nand its last words.\n\nEnd.\n", "a.txt")
     ('First.\n\nNext line,\nand its last words.\n\n', 'End.\n')

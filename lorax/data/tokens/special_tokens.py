@@ -11,13 +11,13 @@ from lorax.errors import LoraxError, brief, one_line
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """The texts of `bos_token`, `eos_token`, `pad_token` and their like.
+    """The texts of `bos_token`, `eos_token`, `pad_token` and so on.
 
-    `tokenizer_config.json` names them, else `special_tokens_map.json`; the first two may come
-    from the ids in `config.json` as well (GPT-2's own folder names them nowhere else).
+    They come from `tokenizer_config.json`, else from `special_tokens_map.json`. The first two may
+    also come from the ids in `config.json` (GPT-2's own folder has them nowhere else).
 
     Args:
-      folder: of `tokenizer.json` and the files beside it.
+      folder: of `tokenizer.json` and related files.
 
     Raises:
       LoraxError: a file is not JSON.
@@ -31,13 +31,13 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _text(value: Any) -> str | None:
-    """The text of a token, which is a string or a dict with `content`; None: it is neither."""
+    """The text of a token: a string, or a dict with `content`; None for other values."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def control_tokens(folder: Path) -> list[str]:
-    """The texts that `tokenizer.json` reads as special tokens wherever they stand."""
+    """The texts that the tokenizer reads as special tokens anywhere in a text."""
     return [token["content"] for token in _added(folder) if token.get("special")]
 
 
@@ -57,10 +57,10 @@ def find_eos_id(tokenizer: Tokenizer, folder: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file.
+    """The JSON object in a file; empty if the file does not exist.
 
     Raises:
-      LoraxError: it is another thing.
+      LoraxError: the file is not a JSON object.
     """
     if not path.is_file():
         return {}

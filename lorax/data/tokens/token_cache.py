@@ -1,9 +1,9 @@
-"""Token ids kept on disk, so that a split is tokenized once and not once a process.
+"""A cache of token ids on disk, so that a split is tokenized once and not once per process.
 
-Under `~/.cache/lorax/tokens` (`$XDG_CACHE_HOME` is respected), a file a split, readable by its
-owner alone. These are the user's own texts as token ids, which anyone who has the tokenizer turns
-back into text: `LORAX_TOKEN_CACHE=off` keeps nothing, `LORAX_TOKEN_CACHE=<folder>` keeps them
-elsewhere. They may be deleted at any time; beyond `MOST_BYTES` those unused for longest go.
+The cache is under `~/.cache/lorax/tokens` (`$XDG_CACHE_HOME` is respected), with one file per
+split that only its owner can read. Anyone with the tokenizer can convert the ids back to the
+user's texts: `LORAX_TOKEN_CACHE=off` disables the cache, `LORAX_TOKEN_CACHE=<folder>` moves it.
+The files may be deleted at any time; beyond `MOST_BYTES` the least recently used are deleted.
 """
 
 import contextlib
@@ -28,18 +28,18 @@ from lorax.data.tokens.tokenize import Encoded, encode
 from lorax.data.tokens.tokenize_documents import encode_documents, warn_of_dropped
 
 log = logging.getLogger(__name__)
-FORMAT = 1  # to raise when other tokens are made of the same texts, or the file changes
+FORMAT = 1  # raise it when the same texts give other tokens, or the file's format changes
 MOST_BYTES = 2 * 2**30
 OURS = re.compile(r"tokens-[0-9a-f]{64}(\.npz|-.+\.partial)")
 OFF = ("off", "false", "no", "none", "0")
 
 
 def token_dir(home: Path) -> Path | None:
-    """Where tokens are kept, or None where they are not.
+    """The folder of the token cache, or None if the cache is off.
 
     Args:
-      home: the folder of all that lorax keeps; `LORAX_TOKEN_CACHE` (`off` or a folder) goes
-        before.
+      home: the folder of all of lorax's caches; `LORAX_TOKEN_CACHE` (`off` or a folder) takes
+        precedence.
     """
     named = os.environ.get("LORAX_TOKEN_CACHE")
     if named is not None and named.lower() in OFF:
@@ -54,9 +54,10 @@ def encode_cached(
     max_length: int,
     folder: Path | None,
 ) -> Encoded:
-    """The same as `encode`, from `folder` if it holds it; else it does from now on.
+    """`encode` with a cache in `folder`.
 
-    No fault of the folder or of its files is raised: it costs the tokenizing, and a warning.
+    Faults of the folder or of its files are not raised: a warning is logged and the split is
+    tokenized.
 
     Args:
       tokenizer: from `load_tokenizer`.
@@ -86,9 +87,9 @@ def encode_documents_cached(
     *,
     eos_id: int | None = None,
 ) -> Encoded:
-    """The same as `encode_documents`, kept as `encode_cached` keeps.
+    """`encode_documents` with a cache as in `encode_cached`.
 
-    Documents that are left out are counted in a warning.
+    A warning counts the documents that are left out.
 
     Args:
       tokenizer: from `load_tokenizer`.
@@ -113,7 +114,7 @@ def encode_documents_cached(
 def _kept(
     folder: Path | None, key: str, compute: Callable[[], Encoded], size: int | None = None
 ) -> Encoded:
-    """What `compute` gives, from the file of `key`; `size` is how many it must hold."""
+    """The result of `compute`, cached in the file of `key`, which must hold `size` examples."""
     if folder is None:
         return compute()
     path = folder / f"tokens-{key}.npz"
@@ -130,7 +131,7 @@ def _kept(
 
 
 def key_of(content: bytes, examples: Examples, max_length: int) -> str:
-    """A hash of all that token ids follow from; arguments as of `encode_cached`."""
+    """A hash of everything that determines the token ids; arguments as in `encode_cached`."""
     columns = [column for column in (examples.first, examples.second) if column is not None]
     return _digest([max_length], content, *(part for column in columns for part in _parts(column)))
 
@@ -138,7 +139,7 @@ def key_of(content: bytes, examples: Examples, max_length: int) -> str:
 def key_of_documents(
     content: bytes, documents: Documents, max_length: int, eos_id: int | None
 ) -> str:
-    """A hash of all that token ids follow from; arguments as of `encode_documents_cached`."""
+    """A hash of everything that determines the ids; arguments of `encode_documents_cached`."""
     options = [max_length, documents.form, eos_id]
     spans = json.dumps(documents.targets).encode()
     return _digest(options, content, *_parts(documents.texts), spans)
@@ -154,7 +155,7 @@ def _digest(options: list[Any], *parts: bytes) -> str:
 
 
 def _parts(texts: list[str]) -> tuple[bytes, bytes]:
-    """Texts as bytes that no other texts have: where each ends, and all in one."""
+    """Texts as unambiguous bytes: the end of each text, and all texts concatenated."""
     lengths = np.fromiter(map(len, texts), "<i8", len(texts))
     return lengths.tobytes(), "".join(texts).encode("utf-8", "surrogatepass")
 
@@ -166,7 +167,7 @@ def _read(path: Path, size: int | None) -> Encoded | None:
             raise ValueError("its arrays do not fit together")
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception as fault:  # NumPy and zipfile raise any kind, according to what they find
+    except Exception as fault:  # NumPy and zipfile raise many kinds
         log.warning("%s is ignored, as it is damaged or no file of tokens: %r", path, fault)
         return None
     with contextlib.suppress(OSError):  # a folder that others fill may be read-only
@@ -181,7 +182,7 @@ def _read(path: Path, size: int | None) -> Encoded | None:
 
 def _load(path: Path) -> list[np.ndarray]:
     with np.load(path) as file:
-        # Only what is read to its end is checked, and a damaged header may end it too soon.
+        # zipfile checks only entries read to their end, and a damaged header may shorten one.
         if damaged := file.zip.testzip():
             raise ValueError(f"{damaged} is damaged")
         if file["key"].item() != path.stem:
@@ -190,7 +191,7 @@ def _load(path: Path) -> list[np.ndarray]:
 
 
 def _write(path: Path, encoded: Encoded) -> None:
-    """Write a file that is whole or absent, whoever else writes it and whenever we die."""
+    """Write a file atomically, even with concurrent writers or after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(".partial", f"{path.stem}-", path.parent)
     partial = Path(name)
@@ -209,14 +210,14 @@ def _write(path: Path, encoded: Encoded) -> None:
 
 
 def _narrow(arrays: list[np.ndarray]) -> np.ndarray:
-    """All in one, in the fewest bytes an entry: mostly two for an id and one for a type."""
+    """The arrays concatenated, in the smallest integer type: mostly 2 bytes per id, 1 per type."""
     flat = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
     return flat.astype(np.min_scalar_type(flat.max(initial=0)))
 
 
 def _drop_old(folder: Path) -> None:
-    """Delete what was not used for longest beyond `MOST_BYTES`, killed writers' files too."""
-    with contextlib.suppress(OSError):  # another process deletes, or may do so alone
+    """Delete the least recently used files beyond `MOST_BYTES`, those of killed writers too."""
+    with contextlib.suppress(OSError):  # another process deletes, or only it may
         ours = [path for path in folder.glob("tokens-*") if OURS.fullmatch(path.name)]
         found = [(path.stat(), path) for path in ours]
         newest_first = sorted(found, key=lambda entry: entry[0].st_mtime_ns, reverse=True)

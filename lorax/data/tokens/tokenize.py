@@ -20,9 +20,9 @@ class Encoded:
 
     Attributes:
       input_ids: N arrays of int32, special tokens included.
-      token_type_ids: N arrays of int32, the same lengths. Of documents: 1 for a token that is to be
-        predicted, 0 for one that is given.
-      labels: (N,) int32 class ids, or float32 scores; zeros of documents.
+      token_type_ids: N arrays of int32, the same lengths. For documents: 1 for a target token, 0
+        for a given one.
+      labels: (N,) int32 class ids, or float32 scores; zeros for documents.
     """
 
     input_ids: list[np.ndarray]
@@ -34,7 +34,7 @@ class Encoded:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """(N,) int32 tokens an example."""
+        """(N,) int32 tokens of each example."""
         return np.asarray([len(ids) for ids in self.input_ids], np.int32)
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Encoded":
@@ -47,7 +47,7 @@ class Encoded:
 
 
 def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
-    """Loads a `tokenizer.json`, without the padding and truncation that it may fix.
+    """Load a `tokenizer.json`, without the padding and truncation that it may specify.
 
     Args:
       source: the file, or a folder that holds it.
@@ -68,7 +68,7 @@ def load_tokenizer(source: str | os.PathLike) -> Tokenizer:
 
 @contextlib.contextmanager
 def refusing(fault: str) -> Iterator[None]:
-    """Turns what the Rust side raises, bare exceptions and panics, into a `LoraxError`."""
+    """Convert bare exceptions and panics of the Rust library to a `LoraxError`."""
     try:
         yield
     except BaseException as error:
@@ -78,23 +78,23 @@ def refusing(fault: str) -> Iterator[None]:
 
 
 def largest_id(tokenizer: Tokenizer) -> int:
-    """The largest token id that a text may have, added and special tokens included; -1: none.
+    """The largest token id of any text, added and special tokens included; -1 without tokens.
 
     Ids need not be consecutive: a vocabulary of 30,000 tokens may go up to 50,000.
     """
     with refusing(BROKEN):
-        specials = tokenizer.encode("", "").ids  # which may be in the post-processor alone
+        specials = tokenizer.encode("", "").ids  # may be in the post-processor only
     return max((*tokenizer.get_vocab(with_added_tokens=True).values(), *specials), default=-1)
 
 
 def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded:
-    """Tokenizes a split; leaves `tokenizer` without truncation.
+    """Tokenize a split; leaves `tokenizer` without truncation.
 
     Args:
       tokenizer: from `load_tokenizer`.
       examples: texts or pairs of texts.
-      max_length: most tokens an example, special tokens included; of a pair the longer text is
-        cut first.
+      max_length: maximum tokens per example, special tokens included; the longer text of a pair
+        is truncated first.
 
     Raises:
       LoraxError: `max_length` leaves no room for a token of each text.
@@ -117,7 +117,7 @@ def encode(tokenizer: Tokenizer, examples: Examples, max_length: int) -> Encoded
 
 
 def without_end(encoding: Encoding) -> list[int]:
-    """Its ids but for special tokens that the tokenizer added behind the text: it goes on."""
+    """The ids without the special tokens that the tokenizer adds after the text."""
     ids, added = encoding.ids, encoding.special_tokens_mask
     end = len(ids)
     while end and added[end - 1]:

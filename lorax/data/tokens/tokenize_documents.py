@@ -1,4 +1,4 @@
-"""Documents as token ids, with the tokens that a decoder learns to write."""
+"""Documents as token ids, with the target tokens marked."""
 
 import logging
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ _log = logging.getLogger(__name__)
 def encode_documents(
     tokenizer: Tokenizer, documents: Documents, max_length: int, *, eos_id: int | None = None
 ) -> Encoded:
-    """Tokenizes documents whole; leaves `tokenizer` without truncation.
+    """Tokenize whole documents; leaves `tokenizer` without truncation.
 
-    A token is to be predicted if it holds any character of a target, and never if it is the
-    first: nothing comes before it. A document that ends with a target gets the end-of-text token
-    behind it, to be predicted too, unless it has it already. What is beyond `max_length` is
-    cut off, and a document without a target before that is left out. Texts of the form `text` are
-    cut into blocks instead, each with the tokenizer's special tokens and none with an added
-    end-of-text; a last block of a single token is left out.
+    A token is a target if it has any character of a target span. The first token never is, as no
+    token precedes it. A document that ends with a target gets the end-of-text token, also as a
+    target, unless it has it already. Documents are truncated at `max_length`, and a document
+    without a target before that is left out. Texts of the form `text` are split into blocks
+    instead, each with the tokenizer's special tokens and without an added end-of-text; a last
+    block of a single token is left out.
 
     Args:
       tokenizer: from `load_tokenizer`.
       documents: N texts with their targets.
-      max_length: most tokens of a document or a block, special tokens included.
+      max_length: maximum tokens of a document or a block, special tokens included.
       eos_id: the end-of-text token; None appends none.
 
     Returns:
-      At most N documents, or all blocks; `token_type_ids` are 1 for tokens to be predicted.
+      At most N documents, or all blocks; `token_type_ids` are 1 for target tokens.
 
     Raises:
-      LoraxError: `max_length` leaves no room, or nothing is left to be predicted.
+      LoraxError: `max_length` leaves no room, or no target is left.
     """
     least = tokenizer.num_special_tokens_to_add(False) + 2
     if max_length < least:
@@ -59,7 +59,7 @@ def encode_documents(
 
 
 def warn_of_dropped(documents: Documents, encoded: Encoded, max_length: int) -> None:
-    """Says how many documents `encode_documents` left out, if it did."""
+    """Log the number of documents that `encode_documents` left out, if any."""
     dropped = len(documents) - len(encoded)
     if documents.form != "text" and dropped:
         _log.warning(
@@ -95,13 +95,13 @@ def _cut(
 def _marked(
     encoding: Encoding, text: str, spans: tuple[Span, ...], eos_id: int | None
 ) -> tuple[list[int], np.ndarray]:
-    """The ids of a document, and which of them are to be predicted."""
+    """The ids of a document, and which of them are targets."""
     ids, (starts, ends) = encoding.ids, _extents(encoding)
     marks = _touch(starts, ends, spans)
     if eos_id is not None and any(start < end == len(text) for start, end in spans):
         end = len(text.rstrip())
         last = [ids[n] for n in np.flatnonzero(_touch(starts, ends, [(end - 1, end)]))]
-        if ids[-1:] == [eos_id]:  # by the text, or by the tokenizer's own post-processor
+        if ids[-1:] == [eos_id]:  # from the text, or the tokenizer's post-processor
             marks[-1] = True
         elif eos_id not in last:
             ids, marks = [*ids, eos_id], np.append(marks, True)
@@ -117,10 +117,10 @@ def _touch(starts: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np.nd
 
 
 def _extents(encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
-    """Where tokens start and end, in characters.
+    """The start and the end of each token, in characters.
 
-    A byte-level tokenizer may trim blanks from its offsets, so that a token of blanks alone has
-    none left but its end: it starts where the token before it ends.
+    A byte-level tokenizer may trim blanks from its offsets. A token of blanks only then keeps
+    just its end, and starts where the previous token ends.
     """
     starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
     before = np.concatenate([[0], np.maximum.accumulate(ends)])[:-1]
