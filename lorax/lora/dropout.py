@@ -1,9 +1,8 @@
 """The masks of dropout, by a counter-based hash of a key and of each element's position.
 
 A mask needs one random word for each of its elements. `jax.random.bernoulli` takes them from
-threefry, 20 rounds a pair of words, which XLA compiles anew for every mask of a model. On a CPU
-that is a third of the first step, a quarter of each step and a third of its memory. The figures
-and their command are in docs/sweeps.md.
+threefry, 20 rounds a pair of words, which XLA compiles for every mask of a model. What that costs a
+step in time and memory on a CPU is in docs/sweeps.md, with the command.
 
 Here the word of an element is a hash of its position and of the key's words. That is the
 counter-based scheme of Salmon et al. (2011, "Parallel random numbers: as easy as 1, 2, 3"). The
