@@ -188,7 +188,7 @@ def _masks(config: TrialConfig, base: str | None) -> str | None:
 
 @lru_cache(maxsize=64)  # once for a sweep, not once for a trial
 def _has_dropout(place: tuple[Any, ...], is_decoder: bool, base: str) -> bool:
-    """Whether a model's own dropout is on; `base` is its digest, so that a new one is read anew."""
+    """Whether a model's own dropout is on; `base` is its digest: a changed one is read again."""
     del base
     source, revision, pooling, dropout = place
     model = ModelConfig(source=source, revision=revision, pooling=pooling, dropout=dropout)

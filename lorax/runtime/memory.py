@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+GIB = 2**30
+
 
 def device_memory() -> int | None:
     """Bytes that each device of this process may hold; None if devices use the host's memory."""

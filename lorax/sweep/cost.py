@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from lorax.config import TrialConfig
 from lorax.runtime.compiler import StepCost, compile_cost
-from lorax.runtime.memory import device_memory, free_host_memory
+from lorax.runtime.memory import GIB, device_memory, free_host_memory
 from lorax.sweep.workload import Workload
 from lorax.train.batched_engine import BatchedEngine, mesh_of
 from lorax.train.hyper_stream import HyperStream
@@ -20,7 +20,6 @@ from lorax.train.prefix import FrozenPrefix
 from lorax.train.setup import Setup, hyper_of, prepare, targets_of
 from lorax.train.step import Frozen, Program, State, init_state, train_step
 
-GIB = 2**30
 SPARE = 0.9  # of the memory that is free: the rest is for what XLA does not count
 
 

@@ -15,22 +15,18 @@ from lorax.errors import LoraxError
 from lorax.lora import stack, union, unstack
 from lorax.runtime.compiler import StepCost, compile_cost, shapes_of
 from lorax.train.batched_step import Packed, batched_predict, batched_step
-from lorax.train.indexed_batch import IndexedBatch, shape_of
+from lorax.train.indexed_batch import BatchShape, IndexedBatch
 from lorax.train.mesh import (
     make_mesh,
     padded,
     replicate,
     shard_base,
-    shard_batch,
     shard_lanes,
-    shard_rows,
     to_host,
 )
 from lorax.train.optimizer import Hyper
 from lorax.train.setup import Setup
 from lorax.train.step import Frozen, State
-
-Spread = Callable[[Any, Any], Any]
 
 
 class BatchedEngine:
@@ -62,7 +58,7 @@ class BatchedEngine:
         self.mesh, self.side = mesh, 1
         self.tokens_at_once, self.lanes = tokens_at_once, lanes
         self._shapes = [jax.tree.map(_shape, state) for state in states]
-        self._programs: dict[tuple[int, ...], tuple[StepCost, Any, int]] = {}
+        self._programs: dict[tuple[int, BatchShape], tuple[StepCost, Any, int]] = {}
         like = stacked_like(self._shapes)
         adapter = jax.tree.map(lambda _: None, like.trainable["lora"])
         params = {"base": setups[0].frozen.params["base"], "lora": adapter}
@@ -94,7 +90,7 @@ class BatchedEngine:
         return [cost for cost, *_ in self._programs.values()]
 
     def compile(
-        self, hyper: Hyper, batch: Any, *, is_trained: bool = True
+        self, hyper: Hyper, batch: IndexedBatch, *, is_trained: bool = True
     ) -> tuple[StepCost, bool]:
         """See `lorax.train.engine.Engine`; `is_trained` as in `compile_cost`."""
         key = self._key(batch)
@@ -106,7 +102,7 @@ class BatchedEngine:
         return cost, is_new
 
     def compilation(
-        self, hyper: Hyper, batch: Any, *, is_trained: bool = False
+        self, hyper: Hyper, batch: IndexedBatch, *, is_trained: bool = False
     ) -> Callable[[], tuple[StepCost, Any]]:
         """See `lorax.train.engine.Engine`; `is_trained` as in `compile_cost`."""
         packed, arguments = self._packed(batch), self._arguments(hyper, batch)
@@ -119,7 +115,7 @@ class BatchedEngine:
             keeps_barriers=packed.program.saves_memory,
         )
 
-    def step(self, hyper: Hyper, batch: Any) -> jax.Array:
+    def step(self, hyper: Hyper, batch: IndexedBatch) -> jax.Array:
         """See `lorax.train.engine.Engine`."""
         self.compile(hyper, batch)
         program = self._programs[self._key(batch)][1]
@@ -130,11 +126,11 @@ class BatchedEngine:
         """See `lorax.train.engine.Engine`."""
         return self._host(losses)
 
-    def predict(self, batch: Any) -> Any:
+    def predict(self, batch: IndexedBatch) -> Any:
         """See `lorax.train.engine.Engine`."""
         program = batched_predict(self._packed(batch))
         if self.mesh:
-            batch = self._spread(batch, replicate, shard_rows)
+            batch = self._put(batch, replicate)
         outputs = program(self.state.trainable, self.frozen, batch)
         return self._host(outputs) if self.mesh else outputs
 
@@ -161,20 +157,18 @@ class BatchedEngine:
         self._shapes = [self._shapes[n] for n in lanes]
         self._place(*jax.tree.map(lambda x: x[np.asarray(lanes)], both))
 
-    def _key(self, batch: Any) -> tuple[int, ...]:
-        return (self.count, *shape_of(batch))
+    def _key(self, batch: IndexedBatch) -> tuple[int, BatchShape]:
+        return (self.count, batch.shape)
 
-    def _arguments(self, hyper: Hyper, batch: Any) -> tuple[Any, ...]:
+    def _arguments(self, hyper: Hyper, batch: IndexedBatch) -> tuple[Any, ...]:
         if self.mesh:
-            hyper, batch = self._lanes(hyper), self._spread(batch, shard_lanes, shard_batch)
+            hyper, batch = self._lanes(hyper), self._put(batch, shard_lanes)
         return self.state, self.frozen, hyper, batch
 
-    def _spread(self, batch: Any, numbers: Spread, rows: Spread) -> Any:
-        """A batch on the mesh; the split of an indexed batch is there already."""
-        if not isinstance(batch, IndexedBatch):
-            return rows(batch, self.mesh)
-        own = numbers((batch.examples, batch.starts), self.mesh)
-        return dataclasses.replace(batch, examples=own[0], starts=own[1])
+    def _put(self, batch: IndexedBatch, put: Callable[[Any, Any], Any]) -> IndexedBatch:
+        """A batch on the mesh; its split is there already."""
+        examples, starts = put((batch.examples, batch.starts), self.mesh)
+        return dataclasses.replace(batch, examples=examples, starts=starts)
 
     @property
     def _lanes_a_device(self) -> int:
@@ -186,9 +180,8 @@ class BatchedEngine:
     def _row_devices(self) -> int:
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
 
-    def _packed(self, batch: Any) -> Packed:
-        rows, row_length = shape_of(batch)
-        wanted = self.lanes or self.tokens_at_once // (rows * row_length)
+    def _packed(self, batch: IndexedBatch) -> Packed:
+        wanted = self.lanes or self.tokens_at_once // batch.shape.tokens
         return Packed(self.program, even_share(self._lanes_a_device, wanted), self.mesh)
 
 

@@ -4,17 +4,16 @@ State, scales, hyperparameters and batches have a leading axis of K lanes. The f
 none and is shared. On a mesh the lanes are sharded over its `trial` axis.
 """
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from lorax.train.indexed_batch import IndexedBatch, in_rows
+from lorax.train.indexed_batch import IndexedBatch, expand
 from lorax.train.mesh import jit_lanes, map_lanes
 from lorax.train.optimizer import Hyper
-from lorax.train.step import AnyBatch, Batch, Frozen, Program, State, forward, optimizer_step
+from lorax.train.step import Batch, Frozen, Program, State, forward, optimizer_step
 
 
 class Packed(NamedTuple):
@@ -41,22 +40,21 @@ def batched_step(packed: Packed) -> Any:
     Returns:
       (state, frozen, hyper, batch) -> (new states, mean losses (K,)). States are stacked,
       (K, ...), and donated; `frozen` has parameters without a lane axis, and scales (K,), 0
-      where a lane does not adapt a target; hyper is (K,) each; the batch has leaves (K, ...), or
-      examples and starts (K, ...) of a split that all lanes share.
+      where a lane does not adapt a target; hyper is (K,) each; the batch has examples and
+      starts (K, ...) of a split that all lanes share.
     """
 
     def step(
-        state: State, frozen: Frozen, hyper: Hyper, batch: AnyBatch
+        state: State, frozen: Frozen, hyper: Hyper, batch: IndexedBatch
     ) -> tuple[State, jax.Array]:
-        shared_batch, own_batch, whole = _parts(batch)
-
         def one(shared: tuple[Any, Any], lane: tuple[Any, ...]) -> tuple[State, jax.Array]:
             params, split = shared
-            state, scales, hyper, own = lane
-            frozen = Frozen(params, scales)
-            return optimizer_step(packed.program, state, frozen, hyper, whole(split, own))
+            state, scales, hyper, examples, starts = lane
+            own = IndexedBatch(split, examples, starts, batch.shape)
+            return optimizer_step(packed.program, state, Frozen(params, scales), hyper, own)
 
-        shared, lanes = (frozen.params, shared_batch), (state, frozen.scales, hyper, own_batch)
+        shared = frozen.params, batch.split
+        lanes = state, frozen.scales, hyper, batch.examples, batch.starts
         return map_lanes(one, shared, lanes, mesh=packed.mesh, chunk=packed.side_by_side)
 
     return jit_lanes(step, packed.mesh, donate_argnums=0)
@@ -75,17 +73,8 @@ def batched_predict(packed: Packed) -> Any:
         trainable, scales = lane
         return forward(packed.program, trainable, Frozen(params, scales), batch)
 
-    def predict(trainable: Any, frozen: Frozen, batch: AnyBatch) -> jax.Array:
-        shared, lanes = (frozen.params, in_rows(batch)), (trainable, frozen.scales)
+    def predict(trainable: Any, frozen: Frozen, batch: IndexedBatch) -> jax.Array:
+        shared, lanes = (frozen.params, expand(batch)), (trainable, frozen.scales)
         return map_lanes(one, shared, lanes, mesh=packed.mesh, chunk=packed.side_by_side)
 
     return jit_lanes(predict, packed.mesh)
-
-
-def _parts(batch: AnyBatch) -> tuple[Any, Any, Callable[[Any, Any], AnyBatch]]:
-    """(the part of a batch that lanes share, the part of each lane, a function to join them)."""
-    if not isinstance(batch, IndexedBatch):
-        return None, batch, lambda _, own: own
-    shape = batch.shape
-    own = batch.examples, batch.starts
-    return batch.split, own, lambda split, own: IndexedBatch(split, own[0], own[1], shape)

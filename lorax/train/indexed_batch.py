@@ -147,11 +147,3 @@ def expand(batch: IndexedBatch) -> dict[str, jax.Array]:
 def in_rows(batch: Any) -> dict[str, jax.Array]:
     """A batch in rows, from either form."""
     return expand(batch) if isinstance(batch, IndexedBatch) else batch
-
-
-def shape_of(batch: Any) -> tuple[int, int]:
-    """(rows of all micro-batches, tokens per row) of a batch with or without lanes."""
-    if isinstance(batch, IndexedBatch):
-        return batch.shape.parts * batch.shape.rows, batch.shape.row_length
-    rows, row_length = batch["input_ids"].shape[-2:]
-    return rows, row_length

@@ -102,26 +102,6 @@ def shard_lanes(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: _put(_pad(x, mesh), mesh, LANES), tree)
 
 
-def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Leaves (K, B, ...) as `shard_lanes`, with rows sharded over `data` and `fsdp`.
-
-    Raises:
-      LoraxError: B is not a multiple of D.
-    """
-    return jax.tree.map(
-        lambda x: _put(_pad(_whole(x, 1, mesh), mesh), mesh, PartitionSpec("trial", ROWS)), batch
-    )
-
-
-def shard_rows(batch: Any, mesh: Mesh) -> Any:
-    """Leaves (B, ...) that all lanes share, with rows sharded over `data` and `fsdp`.
-
-    Raises:
-      LoraxError: B is not a multiple of D.
-    """
-    return jax.tree.map(lambda x: _put(_whole(x, 0, mesh), mesh, PartitionSpec(ROWS)), batch)
-
-
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Leaves replicated on every device."""
     return jax.tree.map(lambda x: _put(x, mesh, REPLICATED), tree)
@@ -138,14 +118,6 @@ def _pad(x: Any, mesh: Mesh) -> np.ndarray:
     x = np.asarray(x)
     missing = padded(len(x), mesh) - len(x)
     return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else x
-
-
-def _whole(x: Any, axis: int, mesh: Mesh) -> Any:
-    rows, devices = np.shape(x)[axis], mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % devices:
-        data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-        raise LoraxError(f"a batch of {rows} rows does not divide over data={data} x fsdp={fsdp}")
-    return x
 
 
 def to_host(tree: Any, lanes: int) -> Any:
@@ -176,8 +148,8 @@ def map_lanes(
 
     Args:
       one: a pure function of the shared part and of one lane.
-      shared: no lane axis; of `shard_base` and `shard_rows`.
-      lanes: leaves (K, ...); of `shard_lanes` and `shard_batch`.
+      shared: no lane axis; of `shard_base` and `replicate`.
+      lanes: leaves (K, ...); of `shard_lanes`.
       mesh: None for one device.
       chunk: lanes that a device computes at once, chunk after chunk; None for all. A number that
         does not divide a device's lanes compiles `one` twice.

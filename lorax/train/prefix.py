@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from lorax.config import TrialConfig
 from lorax.data import Encoded
+from lorax.runtime.memory import GIB
 from lorax.train.dataset import Dataset
 from lorax.train.evaluation import batches_of
 from lorax.train.indexed_batch import DeviceSplit, IndexedBatch, device_split
@@ -24,7 +25,6 @@ from lorax.train.setup import Setup
 from lorax.train.step import Program, prefix_outputs
 
 log = logging.getLogger(__name__)
-GIB = 2**30
 _KEPT: weakref.WeakKeyDictionary[Encoded, tuple[Any, DeviceSplit]] = weakref.WeakKeyDictionary()
 
 
